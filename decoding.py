@@ -1,0 +1,300 @@
+"""Choosing the words: greedy, sampling and beam search over anything that can `start` and `step`.
+
+B images · K beams · V vocabulary · T words (the end token counts as one)
+
+No model is known here. A decoder gives two functions: `start(memory)` returns a `State`, and
+`step(token, state)` takes the last words (B, K) and returns log-probabilities (B, K, V) with the
+next state. Images whose captions are complete leave the batch, so the work shrinks as it goes.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+# The four special tokens have these ids in every vocabulary.
+PAD, START, END, UNK = range(4)
+NEVER = (PAD, START, UNK)
+
+
+class State(NamedTuple):
+    """What a decoder remembers between two words.
+
+    `image` tensors (B, …) belong to an image and are shared by its beams; `beam` tensors
+    (B, K, …) belong to one beam. `attention` (B, K, S) is where the last word looked, or None.
+    """
+
+    image: tuple[Tensor, ...]
+    beam: tuple[Tensor, ...]
+    attention: Tensor | None = None
+
+    def keep_images(self, index: Tensor) -> "State":
+        """Return the state of the images in `index` (b,) alone."""
+        return State(
+            tuple(tensor[index] for tensor in self.image),
+            tuple(tensor[index] for tensor in self.beam),
+            None if self.attention is None else self.attention[index],
+        )
+
+    def reorder(self, parents: Tensor) -> "State":
+        """Return the state in which beam k of an image continues its old beam `parents` (B, K)."""
+        rows = torch.arange(len(parents), device=parents.device)[:, None]
+        return State(
+            self.image,
+            tuple(tensor[rows, parents] for tensor in self.beam),
+            None if self.attention is None else self.attention[rows, parents],
+        )
+
+
+class Steps(Protocol):
+    """What decoding asks of a model."""
+
+    def start(self, memory: Any) -> State: ...
+    def step(self, token: Tensor, state: State) -> tuple[Tensor, State]: ...
+
+
+class Decoded(NamedTuple):
+    """Captions, the best of an image first.
+
+    `tokens` (B, n, T) without the start token, with the end token, then padding; `log_prob`
+    (B, n) is the model's own natural-log probability of the caption, end token included.
+    """
+
+    tokens: Tensor
+    log_prob: Tensor
+
+
+def greedy(
+    decoder: Steps, memory: Any, *, max_words: int, min_words: int = 1, no_repeat_ngram: int = 0
+) -> Decoded:
+    """Return one caption an image (B, 1, T): the most probable word each time.
+
+    `max_words` bounds a caption's words (the end token is not one); `no_repeat_ngram` forbids any
+    run of that many words to come twice (0: off).
+    """
+
+    def most_probable(log_probs: Tensor) -> Tensor:
+        return log_probs.argmax(-1)
+
+    return _roll(decoder, memory, 1, most_probable, max_words, min_words, no_repeat_ngram)
+
+
+def sample(
+    decoder: Steps,
+    memory: Any,
+    *,
+    max_words: int,
+    n: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_words: int = 1,
+    no_repeat_ngram: int = 0,
+    generator: torch.Generator | None = None,
+) -> Decoded:
+    """Return `n` captions an image (B, n, T) drawn word by word, in the order drawn.
+
+    `top_k` keeps the k most probable words (0: all), `top_p` the fewest words whose probabilities
+    reach that sum (nucleus sampling, arXiv 1904.09751). `log_prob` stays the model's own.
+    Raises ValueError on a temperature or top_p out of range.
+    """
+    if temperature <= 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature {temperature} must be above 0 and top-p {top_p} in (0, 1]; "
+            "use the greedy method for the most probable words"
+        )
+
+    def draw(log_probs: Tensor) -> Tensor:
+        logits = filter_words(log_probs / temperature, top_k, top_p)
+        flat = logits.softmax(-1).flatten(0, 1)
+        return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:2])
+
+    return _roll(decoder, memory, n, draw, max_words, min_words, no_repeat_ngram)
+
+
+def filter_words(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Return `logits` (…, V) with the words outside top-k and the top-p nucleus at minus infinity."""
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probability = ordered.softmax(-1)
+        before = probability.cumsum(-1) - probability
+        outside = (before >= top_p).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(outside, -math.inf)
+    return logits
+
+
+def _roll(
+    decoder: Steps,
+    memory: Any,
+    n: int,
+    choose: Callable[[Tensor], Tensor],
+    max_words: int,
+    min_words: int,
+    no_repeat_ngram: int,
+) -> Decoded:
+    """Extend `n` independent captions an image by `choose`, until all have ended."""
+    state = decoder.start(memory)
+    images, device = _size(state)
+    tokens = torch.full((images, n, max_words + 1), PAD, device=device)
+    log_prob = torch.zeros(images, n, device=device)
+    alive = torch.arange(images, device=device)  # the images that still grow
+    token = torch.full((images, 1), START, device=device)
+    for position in range(max_words + 1):
+        log_probs, state = decoder.step(token, state)
+        if position == 0:
+            state = state.reorder(torch.zeros(len(alive), n, dtype=torch.long, device=device))
+            log_probs = log_probs.expand(-1, n, -1)
+        said = tokens[alive, :, :position]
+        allowed = _allow(log_probs, said, position, max_words, min_words, no_repeat_ngram)
+        ended = (said == END).any(-1)
+        token = choose(allowed).masked_fill(ended, PAD)
+        gain = log_probs.gather(-1, token[..., None])[..., 0].masked_fill(ended, 0)
+        tokens[alive, :, position] = token
+        log_prob[alive] += gain
+        growing = ~((token == END) | ended).all(-1)
+        if not growing.all():
+            rows = growing.nonzero()[:, 0]
+            if not len(rows):
+                break
+            alive, token, state = alive[rows], token[rows], state.keep_images(rows)
+    return Decoded(_trim(tokens), log_prob)
+
+
+def beam_search(
+    decoder: Steps,
+    memory: Any,
+    *,
+    max_words: int,
+    beam_size: int = 5,
+    n: int = 1,
+    length_penalty: float = 0.0,
+    min_words: int = 1,
+    no_repeat_ngram: int = 0,
+) -> Decoded:
+    """Return the `n` best captions an image (B, n, T) found with `beam_size` beams.
+
+    Captions are ranked by log-probability / T ** `length_penalty`: 0 is the probability itself
+    (short captions win), 1 the mean over the words. A caption of `max_words` words must end, so
+    there is always one to return. Raises ValueError where `n` is above `beam_size`.
+    """
+    if not 1 <= n <= beam_size:
+        raise ValueError(f"n {n} must be between 1 and the beam size, {beam_size}")
+    state = decoder.start(memory)
+    images, device = _size(state)
+    results = Decoded(
+        torch.full((images, n, max_words + 1), PAD, device=device),
+        torch.full((images, n), -math.inf, device=device),
+    )
+    alive = torch.arange(images, device=device)  # which image each row of the batch is
+    token = torch.full((images, 1), START, device=device)
+    said = token[..., :0, None].expand(-1, -1, 0)  # (B, K, 0): the words of the growing beams
+    total = torch.zeros(images, 1, device=device)
+    ended = _Ended.none(images, beam_size, max_words + 1, device)
+    for position in range(max_words + 1):
+        log_probs, state = decoder.step(token, state)
+        allowed = _allow(log_probs, said, position, max_words, min_words, no_repeat_ngram)
+        width = allowed.shape[-1]
+        candidates = (total[..., None] + allowed).flatten(1)  # (B, K*V)
+        # Of 2K candidates at most K end, so at least K go on.
+        best, where = candidates.topk(min(2 * beam_size, candidates.shape[1]), dim=1)
+        parents, words = where // width, where % width
+        rows = torch.arange(len(alive), device=device)[:, None]
+        grown = torch.cat([said[rows, parents], words[..., None]], dim=-1)
+        ends = words == END
+        ended = ended.add(grown, best.masked_fill(~ends, -math.inf), position + 1, length_penalty)
+
+        total, chosen = best.masked_fill(ends, -math.inf).topk(
+            min(beam_size, best.shape[1]), dim=1
+        )
+        # No growing beam can still enter the list: its score only falls at this length.
+        hopeless = total[:, 0] / (position + 1) ** length_penalty <= ended.score[:, -1]
+        done = hopeless | (total[:, 0] == -math.inf) | (position == max_words)
+        if done.any():
+            leaving = alive[done]
+            results.tokens[leaving] = ended.tokens[done, :n]
+            results.log_prob[leaving] = ended.log_prob[done, :n]
+            rows = (~done).nonzero()[:, 0]
+            if not len(rows):
+                break
+            alive, state, ended = alive[rows], state.keep_images(rows), ended.keep(rows)
+            total, chosen, parents, grown = total[rows], chosen[rows], parents[rows], grown[rows]
+        rows = torch.arange(len(alive), device=device)[:, None]
+        said, token = grown[rows, chosen], grown[rows, chosen][..., -1]
+        state = state.reorder(parents.gather(1, chosen))
+    return Decoded(_trim(results.tokens), results.log_prob)
+
+
+class _Ended(NamedTuple):
+    """The best complete captions of each image, best first: (B, K, T), (B, K), (B, K)."""
+
+    tokens: Tensor
+    log_prob: Tensor
+    score: Tensor
+
+    @classmethod
+    def none(cls, images: int, beams: int, length: int, device: torch.device) -> "_Ended":
+        missing = torch.full((images, beams), -math.inf, device=device)
+        tokens = torch.full((images, beams, length), PAD, device=device)
+        return cls(tokens, missing, missing.clone())
+
+    def add(self, tokens: Tensor, log_prob: Tensor, length: int, penalty: float) -> "_Ended":
+        """Return the list with `tokens` (B, N, length) merged in; minus infinity is no caption."""
+        padding = self.tokens.shape[-1] - length
+        tokens = torch.nn.functional.pad(tokens, (0, padding), value=PAD)
+        score, order = torch.cat([self.score, log_prob / length**penalty], 1).topk(
+            self.score.shape[1], dim=1
+        )
+        rows = torch.arange(len(order), device=order.device)[:, None]
+        return _Ended(
+            torch.cat([self.tokens, tokens], 1)[rows, order],
+            torch.cat([self.log_prob, log_prob], 1)[rows, order],
+            score,
+        )
+
+    def keep(self, rows: Tensor) -> "_Ended":
+        return _Ended(*(tensor[rows] for tensor in self))
+
+
+def _allow(
+    log_probs: Tensor,
+    said: Tensor,
+    position: int,
+    max_words: int,
+    min_words: int,
+    no_repeat_ngram: int,
+) -> Tensor:
+    """Return `log_probs` (B, K, V) with the words that may not come next at minus infinity."""
+    allowed = log_probs.clone()
+    if position >= max_words:
+        allowed[..., :END] = -math.inf
+        allowed[..., END + 1 :] = -math.inf
+        return allowed
+    allowed[..., list(NEVER)] = -math.inf
+    if position < min_words:
+        allowed[..., END] = -math.inf
+    if no_repeat_ngram and position >= no_repeat_ngram:
+        # Windows of n words whose first n - 1 are the last n - 1 said forbid their last word.
+        windows = said.unfold(-1, no_repeat_ngram, 1)  # (B, K, windows, n)
+        suffix = said[..., None, position - no_repeat_ngram + 1 :]
+        repeats = (windows[..., :-1] == suffix).all(-1)
+        # END is exempt, so a beam with every word forbidden can still end.
+        repeats &= windows[..., -1] != END
+        penalty = torch.zeros_like(repeats, dtype=allowed.dtype).masked_fill(repeats, -math.inf)
+        allowed = allowed.scatter_reduce(-1, windows[..., -1], penalty, "amin")
+    return allowed
+
+
+def _size(state: State) -> tuple[int, torch.device]:
+    first = (*state.image, *state.beam)[0]
+    return len(first), first.device
+
+
+def _trim(tokens: Tensor) -> Tensor:
+    """Return `tokens` (B, n, T) without the columns at the end that are all padding."""
+    used = int((tokens != PAD).any(0).any(0).sum())
+    return tokens[..., : max(1, used)]

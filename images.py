@@ -1,0 +1,243 @@
+"""Any picture anyone hands us → an upright RGB image, or one line that says why not."""
+
+import io
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+EXTENSIONS = frozenset({
+    ".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+})  # fmt: skip
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
+
+# What Pillow's readers raise for damaged files, beside errors of their own.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # raised where the caller's filters make warnings errors
+)
+
+# EXIF orientation → what makes the picture upright.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+ARRAYS = (
+    "expected shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) "
+    "and uint8, uint16, bool, or floats in 0..1"
+)
+
+
+def read_image(source: Any, at_least: int | None = None) -> Image.Image:
+    """Return the picture, decoded, upright and in mode RGB.
+
+    `source` is a path, bytes, a binary file object, a PIL image (returned itself when nothing need
+    change) or a numpy array: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool, or
+    floats in 0..1. Transparency is laid on white, deep grey is rescaled, and of several frames or
+    pages the first is read. `at_least` allows a faster, approximate reading of JPEGs larger than
+    needed: each side keeps at least twice that many pixels.
+
+    A missing file is a FileNotFoundError; whatever else cannot be read, or has more than
+    `MAX_PIXELS` pixels, is a ValueError that names the source and the reason.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        return read_path(source, at_least)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return read_stream(io.BytesIO(source), "the image given as bytes", at_least)
+    if isinstance(source, Image.Image):
+        return read_picture(source, getattr(source, "filename", "") or "the image given")
+    if hasattr(source, "read"):
+        return read_stream(seekable(source), stream_name(source), at_least)
+    return flat(from_array(source))
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    """Return the image files below `folder`, sorted; hidden files and `__MACOSX` are left out.
+
+    A missing folder, or one that may not be read, is an OSError that names it.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found = []
+    for parent, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        images = [name for name in names if Path(name).suffix.lower() in EXTENSIONS]
+        found += [Path(parent, name) for name in images if not name.startswith(".")]
+    return sorted(found)
+
+
+def read_path(path: str | os.PathLike, at_least: int | None) -> Image.Image:
+    """Return the picture in the file at `path`."""
+    name = os.fsdecode(path)
+    if os.path.isdir(path):  # Windows would call it a permission error
+        raise ValueError(f"{name} is a folder, not an image")
+    with open(path, "rb") as stream:
+        return read_stream(stream, name, at_least)
+
+
+def read_stream(stream: Any, name: str, at_least: int | None) -> Image.Image:
+    """Return the picture in a binary file object."""
+    try:
+        with Image.open(stream) as picture:
+            check_header(picture)
+            if at_least is not None:
+                picture.draft("RGB", (2 * at_least, 2 * at_least))
+            return upright(picture)
+    except UNREADABLE as error:
+        raise unreadable(name, error, stream) from error
+
+
+def read_picture(picture: Image.Image, name: str) -> Image.Image:
+    """Return a PIL image upright and RGB; one that was opened but not decoded may yet fail."""
+    try:
+        return upright(picture)
+    except UNREADABLE as error:
+        raise unreadable(name, error) from error
+
+
+def check_header(picture: Image.Image) -> None:
+    """Refuse what would be dear or dangerous to decode."""
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are read")
+    if picture.format == "EPS":  # Pillow would hand a stranger's program to Ghostscript
+        raise ValueError("PostScript is not read")
+
+
+def unreadable(name: str, error: BaseException, stream: Any = None) -> Exception:
+    """Return the error to raise in place of one of Pillow's; the system's own stay as they are."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        reason = "the file is empty" if is_empty(stream) else "no image format that is known"
+    return ValueError(f"{name} is not an image that can be read ({reason})")
+
+
+def is_empty(stream: Any) -> bool:
+    """Whether a file object is known to hold nothing."""
+    try:
+        return stream.seek(0, os.SEEK_END) == 0
+    except (AttributeError, OSError, ValueError):
+        return False
+
+
+def seekable(stream: Any) -> Any:
+    """Return the file object, or one over what is left in it where it cannot seek (a pipe)."""
+    if getattr(stream, "seekable", lambda: True)():
+        return stream
+    return io.BytesIO(stream.read())
+
+
+def stream_name(stream: Any) -> str:
+    """Return the name of a file object for messages."""
+    name = getattr(stream, "name", None)
+    return name if isinstance(name, str) and name else "the image given as a file object"
+
+
+def upright(picture: Image.Image) -> Image.Image:
+    """Return `picture` in RGB, turned as its EXIF block or XMP packet says."""
+    picture.load()  # before EXIF: in a PNG it may follow the pixels
+    turn = TURNS.get(orientation(picture))
+    picture = flat(picture)
+    if turn is not None:
+        picture = picture.transpose(turn)
+        picture.info = {}  # else the next reader would turn it once more
+    return picture
+
+
+def orientation(picture: Image.Image) -> Any:
+    """Return the EXIF orientation, 1 where there is none or the block is damaged."""
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except UNREADABLE:
+        return 1
+
+
+def flat(picture: Image.Image) -> Image.Image:
+    """Return `picture` in RGB, on white where it is transparent; itself if it is so already."""
+    if picture.mode.startswith(("I", "F")):
+        picture = from_deep_grey(picture)
+    if picture.has_transparency_data:
+        return on_white(picture)
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """Return `picture` laid on white."""
+    if picture.mode == "La":  # premultiplied grey, which Pillow converts only to LA
+        picture = picture.convert("LA")
+    picture = picture.convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def from_deep_grey(picture: Image.Image) -> Image.Image:
+    """Return a grey image of 16 or 32 bits or floats as 8 bits, which `convert` would saturate.
+
+    The unbounded modes I and F do not say what white is: the least of 1 (F only), 255 and 65535
+    that holds all values, or else the values' own range.
+    """
+    import numpy as np
+
+    values = np.nan_to_num(np.asarray(picture), posinf=0, neginf=0)
+    if picture.mode.startswith("I;16"):
+        return from_array(values)
+    values = values.astype(np.float64)
+    low, high = min(values.min(), 0), values.max()
+    whites = (1, 255, 65535) if picture.mode == "F" else (255, 65535)
+    white = next((white for white in whites if low == 0 and high <= white), high)
+    return from_array((values - low) / max(white - low, 1e-12))
+
+
+def from_array(array: Any) -> Image.Image:
+    """Return a numpy array as an image of mode L, RGB or RGBA."""
+    import numpy as np
+
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"a {type(array).__name__} is not an image; give a path or an array")
+    said = f"an array of shape {array.shape} and {array.dtype} is not an image"
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
+        raise ValueError(f"{said}; {ARRAYS}")
+    array = array[..., 0] if array.ndim == 3 and channels == 1 else array
+    return Image.fromarray(np.ascontiguousarray(to_bytes(array, said)))
+
+
+def to_bytes(array: Any, said: str) -> Any:
+    """Return the array as uint8, white being 255; `said` begins the error message."""
+    import numpy as np
+
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array * np.uint8(255)
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:
+        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    if array.dtype.kind != "f":
+        raise ValueError(f"{said}; {ARRAYS}")
+    low, high = array.min(), array.max()
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # room for rounding; false for NaN too
+        raise ValueError(f"{said}: its values reach from {low:.4g} to {high:.4g}; {ARRAYS}")
+    return (array.clip(0, 1) * 255 + 0.5).astype(np.uint8)

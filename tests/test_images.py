@@ -1,0 +1,371 @@
+"""Any picture in, an upright RGB image out; whatever cannot be read says so in one line."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import images
+from images import list_images, read_image
+
+
+def pixels(source, **how):
+    """The picture as integers, so that differences do not wrap."""
+    return np.asarray(read_image(source, **how)).astype(int)
+
+
+def bytes_of(image, kind, **how):
+    file = io.BytesIO()
+    image.save(file, kind, **how)
+    return file.getvalue()
+
+
+@pytest.fixture
+def photo():
+    """A smooth picture, wider than high, with no symmetry."""
+    y, x = np.mgrid[:48, :64]
+    return Image.fromarray(np.stack([x * 4, y * 5, (x + y) * 2], axis=2).astype(np.uint8))
+
+
+# --- sources
+
+
+def test_every_kind_of_source_gives_the_same_pixels(photo, tmp_path):
+    path = tmp_path / "photo.png"
+    photo.save(path)
+    data = path.read_bytes()
+    rest = io.BytesIO(data)
+    rest.seek(7)
+    sources = [str(path), path, data, bytearray(data), memoryview(data), io.BytesIO(data), rest]
+    sources += [Image.open(path), photo, np.asarray(photo), np.asarray(photo) / 255]
+    for source in sources:
+        image = read_image(source)
+        assert (image.mode, image.size) == ("RGB", (64, 48))
+        assert np.array_equal(np.asarray(image), np.asarray(photo))
+
+
+def test_a_pipe_is_read(photo):
+    reader, writer = os.pipe()
+    with open(writer, "wb") as file:
+        photo.save(file, "PNG")
+    with open(reader, "rb", buffering=0) as file:
+        assert np.array_equal(pixels(file), np.asarray(photo))
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"])
+def test_every_common_format_is_read(kind, photo):
+    read = pixels(bytes_of(photo, kind))
+    assert np.abs(read - np.asarray(photo)).mean() < 8
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_every_mode_is_read_as_pillow_shows_it(mode, photo):
+    image = photo.convert(mode)
+    assert np.array_equal(pixels(image), np.asarray(image.convert("RGB")))
+
+
+def test_an_upright_rgb_image_is_not_copied(photo):
+    assert read_image(photo) is photo
+
+
+def test_an_image_handed_over_is_left_as_it_was(photo):
+    photo.getexif()[0x0112] = 3
+    photo.info["transparency"] = (0, 0, 0)
+    before = photo.tobytes(), dict(photo.info)
+    read_image(photo)
+    assert (photo.tobytes(), photo.info) == before
+
+
+def test_reading_closes_the_file(photo, tmp_path):
+    path = tmp_path / "pages.tif"
+    photo.save(path, save_all=True, append_images=[photo])
+    image = read_image(path)
+    path.unlink()
+    assert np.array_equal(np.asarray(image.resize((64, 48))), np.asarray(photo))
+
+
+# --- upright
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_exif_rotated_photo_reads_like_the_upright_one(kind, orientation, photo):
+    undo = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)
+    turn = images.TURNS.get(undo)
+    lying = photo if turn is None else photo.transpose(turn)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = read_image(bytes_of(lying, kind, exif=exif))
+    assert image.size == (64, 48)
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(photo)).mean() < 4
+
+
+def test_reading_twice_turns_once(photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    once = read_image(bytes_of(photo, "JPEG", exif=exif))
+    assert once.size == (48, 64)
+    assert np.array_equal(pixels(once), np.asarray(once))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize(
+    "damage", [b"Exif\0\0", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12", b"junk"]
+)
+def test_a_corrupt_exif_block_does_not_stop_the_reading(damage, photo):
+    data = bytes_of(photo, "JPEG", quality=95)
+    assert np.array_equal(pixels(bytes_of(photo, "JPEG", quality=95, exif=damage)), pixels(data))
+
+
+# --- colours
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "La", "RGBa", "PA"])
+def test_transparent_pixels_are_white(mode):
+    grey = Image.new("LA", (4, 4), (40, 255))
+    grey.putpixel((1, 2), (0, 0))
+    image = grey if mode == "LA" else grey.convert("La" if mode == "La" else "RGBA")
+    image = image.convert(mode) if mode in ("RGBa", "PA") else image
+    assert image.mode == mode
+    read = read_image(image)
+    assert read.getpixel((1, 2)) == (255, 255, 255)
+    assert read.getpixel((0, 0)) == (40, 40, 40)
+
+
+def test_half_transparent_black_is_grey():
+    assert read_image(Image.new("RGBA", (1, 1), (0, 0, 0, 128))).getpixel((0, 0)) == (127,) * 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
+def test_a_file_with_transparency_is_laid_on_white(kind, photo):
+    see_through = photo.convert("RGBA")
+    see_through.paste((0, 0, 0, 0), (0, 0, 32, 48))
+    read = pixels(bytes_of(see_through, kind))
+    assert (read[:, :31] == 255).all()
+    assert np.abs(read[:, 33:] - np.asarray(photo)[:, 33:]).mean() < 8
+
+
+def test_a_palette_or_colour_marked_transparent_is_white():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    for image in (palette, palette.convert("RGB")):
+        mark = 0 if image.mode == "P" else (10, 20, 30)
+        read = read_image(bytes_of(image, "PNG", transparency=mark))
+        assert (read.getpixel((0, 0)), read.getpixel((1, 0))) == ((255,) * 3, (40, 50, 60))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
+def test_a_16_bit_grey_reads_like_its_8_bit_version(kind):
+    grey = np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)
+    expected = (grey >> 8).astype(int)[..., None]
+    assert np.abs(pixels(bytes_of(Image.fromarray(grey), kind)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16B", "I;16L", "I"])
+def test_a_bright_deep_grey_is_not_saturated(mode):
+    assert read_image(Image.new(mode, (2, 2), 32896)).getpixel((0, 0)) == (128,) * 3
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_grey_in_floats_reads_like_its_8_bit_version(white):
+    grey = np.linspace(0, white, 256, dtype=np.float32).reshape(16, 16)
+    assert np.array_equal(pixels(Image.fromarray(grey))[..., 0].ravel(), np.arange(256))
+
+
+def test_floats_of_unknown_range_use_their_own_and_missing_ones_are_dark():
+    grey = np.array([[-10, 1e6, np.nan, np.inf]], dtype=np.float32)
+    assert pixels(Image.fromarray(grey))[0, :, 0].tolist() == [0, 255, 0, 0]
+    assert (pixels(Image.fromarray(np.zeros((2, 2), np.float32))) == 0).all()
+
+
+def test_a_cmyk_jpeg_has_the_colours_it_was_made_from(photo):
+    data = bytes_of(photo.convert("CMYK"), "JPEG", quality=95)
+    assert Image.open(io.BytesIO(data)).mode == "CMYK"
+    assert np.abs(pixels(data) - np.asarray(photo)).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_the_first_frame_of_several_is_read(kind):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    data = bytes_of(frames[0], kind, save_all=True, append_images=frames[1:])
+    assert Image.open(io.BytesIO(data)).n_frames == 3
+    assert np.abs(pixels(data) - [255, 0, 0]).max() < 8
+
+
+# --- arrays
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 1), (6, 5, 3), (6, 5, 4)])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">u2", "float16", "float32", "float64"])
+def test_arrays_of_every_depth_are_the_same_picture(shape, dtype):
+    picture = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    picture[..., 3:] = 255
+    scale = {"u": 1 if dtype == "uint8" else 257, "f": 1 / 255}[np.dtype(dtype).kind]
+    image = read_image((picture * np.float64(scale)).round(6).astype(dtype))
+    assert (image.mode, image.size) == ("RGB", (5, 6))
+    expected = picture[..., :3] if picture.ndim == 3 else picture[..., None]
+    assert np.array_equal(np.asarray(image), np.broadcast_to(expected, (6, 5, 3)))
+
+
+def test_a_bool_array_is_black_and_white():
+    assert pixels(np.array([[True, False]]))[0, :, 0].tolist() == [255, 0]
+
+
+def test_a_transposed_array_is_read():
+    array = np.arange(24, dtype=np.uint8).reshape(3, 2, 4).T
+    assert np.array_equal(pixels(array), array)
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((3, 5, 6), np.uint8), r"shape \(3, 5, 6\) and uint8 .* expected shape \(H, W\)"),
+        (np.zeros((1, 5, 6, 3), np.uint8), r"shape \(1, 5, 6, 3\)"),
+        (np.zeros((0, 5), np.uint8), r"shape \(0, 5\)"),
+        (np.zeros((5,), np.uint8), r"shape \(5,\)"),
+        (np.zeros((5, 6), np.int64), r"int64 .* expected .* uint8, uint16, bool, or floats"),
+        (np.array([["a"]]), r"<U1 is not an image"),
+        (np.full((5, 6), 200.0), "reach from 200 to 200; .* floats in 0..1"),
+        (np.array([[-0.5, 1]]), "reach from -0.5 to 1"),
+        (np.array([[np.nan, 1]]), "reach from nan to nan"),
+        ([[1, 2]], "a list is not an image"),
+        (None, "a NoneType is not an image"),
+    ],
+)
+def test_an_array_that_is_no_picture_says_what_is_expected(array, said):
+    with pytest.raises(ValueError, match=said):
+        read_image(array)
+
+
+# --- faster reading
+
+
+def test_a_large_jpeg_read_at_least_so_large_keeps_twice_that(photo):
+    data = bytes_of(photo.resize((1600, 1200)), "JPEG", quality=95)
+    small = read_image(data, at_least=100)
+    assert small.size == (400, 300)
+    exact = np.asarray(read_image(data).resize(small.size, Image.Resampling.BOX)).astype(int)
+    assert np.abs(np.asarray(small) - exact).mean() < 2
+
+
+def test_small_and_other_pictures_are_read_exactly_whatever_is_asked(photo):
+    for kind in ("JPEG", "PNG"):
+        data = bytes_of(photo, kind)
+        assert np.array_equal(pixels(data, at_least=224), pixels(data))
+    assert read_image(bytes_of(photo, "PNG"), at_least=2).size == photo.size
+
+
+# --- errors
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg"):
+        read_image("nowhere.jpg")
+
+
+def test_a_folder_is_named(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path.name} is a folder, not an image"):
+        read_image(tmp_path)
+
+
+def refused(source, reason, name="the image given as bytes"):
+    with pytest.raises(ValueError, match=reason) as caught:
+        read_image(source)
+    assert "\n" not in str(caught.value)
+    assert f"{name} is not an image that can be read (" in str(caught.value)
+
+
+def test_an_empty_file_says_so(tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.touch()
+    refused(path, "the file is empty", name="photo.jpg")
+    refused(b"", "the file is empty")
+
+
+def test_text_named_as_an_image_says_so(tmp_path):
+    path = tmp_path / "photo.jpg"
+    path.write_text("<html>404</html>")
+    refused(path, "no image format that is known", name="photo.jpg")
+    with path.open("rb") as file:
+        refused(file, "no image format that is known", name="photo.jpg")
+    refused(io.BytesIO(b"hello"), "no image", name="the image given as a file object")
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"])
+def test_a_truncated_image_is_refused(kind, photo, tmp_path):
+    path = tmp_path / "photo.dat"
+    data = bytes_of(photo, kind)
+    path.write_bytes(data[: len(data) // 2])
+    refused(path, ".", name="photo.dat")
+
+
+def test_a_truncated_image_opened_by_the_caller_is_refused(photo):
+    data = bytes_of(photo, "JPEG")
+    refused(Image.open(io.BytesIO(data[:-50])), "truncated", name="the image given")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [9460, 14000])
+def test_a_decompression_bomb_is_an_error(side, tmp_path):
+    path = tmp_path / "bomb.png"
+    Image.new("1", (side, side)).save(path)
+    refused(path, "pixels", name="bomb.png")
+
+
+def test_postscript_is_not_run(photo):
+    refused(bytes_of(photo, "EPS"), "PostScript is not read")
+
+
+def test_a_file_that_may_not_be_read_keeps_the_systems_words(photo, monkeypatch):
+    class Faulty(io.BytesIO):
+        def read(self, *_):
+            raise OSError(5, "Input/output error", "photo.png")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        read_image(Faulty(b"x"))
+
+
+# --- folders
+
+
+def test_the_images_below_a_folder_are_listed_in_order(tmp_path):
+    wanted = ["B.JPG", "a.png", "sub/c.jpeg", "sub/deeper/d.WebP"]
+    others = [".hidden.jpg", "sub/._c.jpeg", ".cache/e.jpg", "__MACOSX/f.jpg", "notes.txt", "jpg"]
+    for name in wanted + others:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (tmp_path / "folder.jpg").mkdir()
+    assert list_images(tmp_path) == sorted(tmp_path / name for name in wanted)
+    assert list_images(str(tmp_path / "sub" / "deeper")) == [tmp_path / "sub/deeper/d.WebP"]
+
+
+def test_a_hidden_folder_may_be_asked_for_by_name(tmp_path):
+    folder = tmp_path / ".cache"
+    folder.mkdir()
+    (folder / "a.jpg").touch()
+    assert list_images(folder) == [folder / "a.jpg"]
+
+
+def test_listing_a_missing_folder_or_a_file_names_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        list_images(tmp_path / "nowhere")
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(OSError, match=r"a\.jpg"):
+        list_images(tmp_path / "a.jpg")
+
+
+def test_every_extension_listed_is_one_pillow_reads():
+    readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    assert readable >= images.EXTENSIONS
+
+
+def test_importing_needs_neither_torch_nor_numpy():
+    code = "import sys, images; assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(images.__file__).parent, check=True)
