@@ -115,7 +115,7 @@ def sample(
 
 
 def filter_words(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Return `logits` (…, V) with the words outside top-k and the top-p nucleus at minus infinity."""
+    """Return `logits` (…, V) with words outside the top k and the top-p nucleus at -infinity."""
     if 0 < top_k < logits.shape[-1]:
         least = logits.topk(top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
@@ -192,7 +192,7 @@ def beam_search(
     )
     alive = torch.arange(images, device=device)  # which image each row of the batch is
     token = torch.full((images, 1), START, device=device)
-    said = token[..., :0, None].expand(-1, -1, 0)  # (B, K, 0): the words of the growing beams
+    said = token[..., None][..., :0]  # (B, K, 0): the words of the growing beams
     total = torch.zeros(images, 1, device=device)
     ended = _Ended.none(images, beam_size, max_words + 1, device)
     for position in range(max_words + 1):
@@ -208,9 +208,7 @@ def beam_search(
         ends = words == END
         ended = ended.add(grown, best.masked_fill(~ends, -math.inf), position + 1, length_penalty)
 
-        total, chosen = best.masked_fill(ends, -math.inf).topk(
-            min(beam_size, best.shape[1]), dim=1
-        )
+        total, chosen = best.masked_fill(ends, -math.inf).topk(min(beam_size, best.shape[1]), dim=1)
         # No growing beam can still enter the list: its score only falls at this length.
         hopeless = total[:, 0] / (position + 1) ** length_penalty <= ended.score[:, -1]
         done = hopeless | (total[:, 0] == -math.inf) | (position == max_words)

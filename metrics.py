@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import threading
 import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -360,28 +359,18 @@ def cider_d(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]
 
 
 def score(
-    references: Mapping[Hashable, Sequence[str]],
-    candidates: Mapping[Hashable, str],
-    *,
-    java: bool = False,
+    references: Mapping[Hashable, Sequence[str]], candidates: Mapping[Hashable, str]
 ) -> dict[str, float]:
     """Return {"BLEU-1" … "BLEU-4", "ROUGE-L", "CIDEr"} of plain captions, as fractions.
 
-    Both mappings go by image id. With `java`, METEOR and SPICE are added where they can be had,
-    and a warning says why where not. The numbers are those of pycocoevalcap to 1e-6. Raises
+    Both mappings go by image id. The numbers are those of pycocoevalcap to 1e-6. Raises
     ValueError on empty input and where the image ids differ.
     """
     image_ids = _check_ids(references, candidates)
     wanted = [[tokenize(caption) for caption in references[key]] for key in image_ids]
     given = [tokenize(candidates[key]) for key in image_ids]
     scores = {f"BLEU-{n}": value for n, value in zip(ORDERS, bleu(wanted, given), strict=True)}
-    scores |= {"ROUGE-L": rouge_l(wanted, given), "CIDEr": cider_d(wanted, given)}
-    if java:
-        extra, reasons = java_scores(references, candidates)
-        scores |= extra
-        for reason in reasons:
-            warnings.warn(reason, stacklevel=2)
-    return scores
+    return {**scores, "ROUGE-L": rouge_l(wanted, given), "CIDEr": cider_d(wanted, given)}
 
 
 def _check_ids(

@@ -1,0 +1,233 @@
+"""The language side: everything learnable that turns an image's features into words.
+
+B images · S image positions · C backbone channels · D model width · T words · V vocabulary
+H heads · E = D/H · L layers · K beams · M captions in a batch · N words in a batch
+
+Each decoder in `DECODERS` offers the same four: `remember` (features → memory, once an image),
+`forward` (teacher forcing), `start` and `step` (one word at a time, state handed along).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from decoding import PAD, State
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of the language side."""
+
+    decoder: Literal["transformer"] = "transformer"
+    """What writes the caption."""
+    d_model: int = 256
+    """Model width D."""
+    n_decode: int = 3
+    """Decoder layers L."""
+    n_head: int = 8
+    """Attention heads H; they must divide the width."""
+    fc_dim: int = 1024
+    """Width of the feed-forward layers."""
+    dropout: float = 0.2
+    """Share of activations dropped in training."""
+    seq_len: int = 30
+    """Longest caption in words; longer ones are cut."""
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_decode", "n_head", "fc_dim", "seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be >= 1")
+        if self.d_model % self.n_head:
+            raise ValueError(f"--d-model {self.d_model} is not divisible by --n-head {self.n_head}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout {self.dropout} must be at least 0 and below 1")
+
+
+class Taught(NamedTuple):
+    """Teacher forcing's result: `logits` (M, T-1, V), zero where the target is padding; position
+    t predicts token t + 1. `attention` (M, T-1, S) or None."""
+
+    logits: Tensor
+    attention: Tensor | None = None
+
+
+class Layout:
+    """Where the N real words of a batch sit, so that no layer works on padding.
+
+    Words travel packed, (N, D). Self-attention wants a row a caption, (M, T, D); cross-attention
+    a row an image, (B, W, D), with the words of all its captions side by side, so that the
+    image's keys and values are never copied for its captions.
+    """
+
+    def __init__(self, real: Tensor, owner: Tensor, images: int):
+        """`real` (M, T) is True at words; `owner` (M,) the image of each caption."""
+        captions, length = real.shape
+        self.caption, self.position = real.nonzero(as_tuple=True)  # (N,), (N,)
+        self.by_caption = (captions, length), self.caption * length + self.position
+        image = owner[self.caption]
+        order = image.argsort(stable=True)
+        counts = image.bincount(minlength=images)
+        before = counts.cumsum(0) - counts
+        place = torch.empty_like(image)  # the place of each word among its image's words
+        place[order] = torch.arange(len(image), device=image.device) - before[image[order]]
+        width = int(counts.max())
+        self.by_image = (images, width), image * width + place
+
+    @staticmethod
+    def spread(words: Tensor, grid: tuple[tuple[int, int], Tensor]) -> Tensor:
+        """Return packed `words` (N, D) laid on a grid (rows, columns, D), zeros elsewhere."""
+        (rows, columns), index = grid
+        empty = words.new_zeros(rows * columns, words.shape[-1])
+        return empty.index_copy(0, index, words).view(rows, columns, -1)
+
+    @staticmethod
+    def pack(spread: Tensor, grid: tuple[tuple[int, int], Tensor]) -> Tensor:
+        """Return the words (N, D) of a grid (rows, columns, D)."""
+        return spread.flatten(0, 1)[grid[1]]
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(…, T, D) -> (…, H, T, E)"""
+    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(…, H, T, E) -> (…, T, D)"""
+    return x.transpose(-2, -3).flatten(-2)
+
+
+class Block(nn.Module):
+    """A pre-norm decoder layer: words look at earlier words, then at the image, then think."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        width, self.heads = config.d_model, config.n_head
+        self.norm_self, self.norm_cross, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.self_out = nn.Linear(width, width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.cross_out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, config.fc_dim),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.fc_dim, width),
+        )
+        self.dropout = nn.Dropout(config.dropout)
+
+    def look(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the image's keys and values, each (B, H, S, E), of memory (B, S, D)."""
+        key, value = self.key_value(memory).chunk(2, dim=-1)
+        return split_heads(key, self.heads), split_heads(value, self.heads)
+
+    def forward(self, x: Tensor, layout: Layout, image: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the next layer's packed words (N, D)."""
+        qkv = layout.spread(self.qkv(self.norm_self(x)), layout.by_caption)  # (M, T, 3D)
+        query, key, value = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
+        # Padding comes last in a row, so the causal mask hides it from every word.
+        heard = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        heard = layout.pack(join_heads(heard), layout.by_caption)
+        x = x + self.dropout(self.self_out(heard))
+
+        query = layout.spread(self.query(self.norm_cross(x)), layout.by_image)  # (B, W, D)
+        seen = F.scaled_dot_product_attention(split_heads(query, self.heads), *image)
+        x = x + self.dropout(self.cross_out(layout.pack(join_heads(seen), layout.by_image)))
+        return x + self.dropout(self.mlp(self.norm_mlp(x)))
+
+    def step(
+        self, x: Tensor, image: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return the next layer's word (B, K, D), and keys and values (B, K, H, t+1, E)."""
+        qkv = self.qkv(self.norm_self(x))[..., None, :]  # (B, K, 1, 3D)
+        query, key, value = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
+        key, value = (torch.cat([old, new], -2) for old, new in zip(past, (key, value)))  # noqa: B905
+        heard = F.scaled_dot_product_attention(query, key, value)  # (B, K, H, 1, E)
+        x = x + self.self_out(join_heads(heard)[..., 0, :])
+
+        query = split_heads(self.query(self.norm_cross(x)), self.heads)  # (B, H, K, E)
+        x = x + self.cross_out(join_heads(F.scaled_dot_product_attention(query, *image)))
+        return x + self.mlp(self.norm_mlp(x)), (key, value)
+
+
+class Transformer(nn.Module):
+    """A pre-norm transformer decoder; the output layer is the word embedding itself (tied)."""
+
+    def __init__(self, config: DecoderConfig, vocabulary: int, channels: int, positions: int):
+        """`vocabulary` V words; the image has `positions` S of `channels` C."""
+        super().__init__()
+        width = config.d_model
+        self.heads = config.n_head
+        self.project = nn.Linear(channels, width)
+        self.norm_image = nn.LayerNorm(width)
+        self.image_position = nn.Parameter(0.02 * torch.randn(positions, width))
+        self.embedding = nn.Embedding(vocabulary, width)
+        nn.init.normal_(self.embedding.weight, std=width**-0.5)
+        self.word_position = nn.Parameter(0.02 * torch.randn(config.seq_len + 1, width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_decode))
+        self.norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def remember(self, features: Tensor) -> Tensor:
+        """Return memory (B, S, D) of features (B, S, C): the image projected once."""
+        memory = self.norm_image(self.project(features)) + self.image_position
+        return self.dropout(memory)
+
+    def embed(self, tokens: Tensor, position: Tensor | int) -> Tensor:
+        scale = math.sqrt(self.embedding.embedding_dim)
+        return self.dropout(self.embedding(tokens) * scale + self.word_position[position])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(…, D) -> (…, V)"""
+        return F.linear(self.norm(x), self.embedding.weight)
+
+    def forward(self, memory: Tensor, tokens: Tensor, owner: Tensor) -> Taught:
+        """Return logits (M, T-1, V) of `tokens` (M, T) by teacher forcing.
+
+        `memory` (B, S, D); `owner` (M,) the image of each caption. Only words are worked on:
+        logits at padding are zero.
+        """
+        inputs, real = tokens[:, :-1], tokens[:, 1:] != PAD
+        layout = Layout(real, owner, len(memory))
+        x = self.embed(inputs[real], layout.position)
+        for block in self.blocks:
+            x = block(x, layout, block.look(memory))
+        return Taught(layout.spread(self.logits(x), layout.by_caption))
+
+    def start(self, memory: Tensor) -> State:
+        """Return the state before the first word: memory (B, S, D) as keys and values."""
+        image = tuple(tensor for block in self.blocks for tensor in block.look(memory))
+        batch, _, _, size = image[0].shape
+        empty = memory.new_zeros(batch, 1, self.heads, 0, size)
+        return State(image, (empty,) * (2 * len(self.blocks)))
+
+    def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+        """Return log-probabilities (B, K, V) after `token` (B, K), and the next state.
+
+        Keys and values of the image are shared by its beams; those of the words grow by one.
+        """
+        x = self.embed(token, state.beam[0].shape[-2])
+        beam: list[Tensor] = []
+        for number, block in enumerate(self.blocks):
+            pair = slice(2 * number, 2 * number + 2)
+            x, past = block.step(x, state.image[pair], state.beam[pair])
+            beam += past
+        return self.logits(x).log_softmax(-1), State(state.image, tuple(beam))
+
+
+DECODERS: dict[str, Callable[..., nn.Module]] = {"transformer": Transformer}
+
+
+def build_decoder(
+    config: DecoderConfig, *, vocabulary: int, channels: int, positions: int
+) -> nn.Module:
+    """Return the decoder `config` names, for V words and images of S positions of C channels."""
+    if config.decoder not in DECODERS:
+        known = ", ".join(DECODERS)
+        raise ValueError(f"decoder {config.decoder!r} is not known; choose from {known}")
+    return DECODERS[config.decoder](config, vocabulary, channels, positions)

@@ -1,0 +1,303 @@
+"""The image side: a torchvision CNN without its classifier, its weights, and the image transform.
+
+B images · S image positions · C backbone channels · (B, 3, H, W) → (B, S, C)
+
+The only file that names torchvision's models. A backbone is one row in `BACKBONES`.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, torchvision's own
+
+RESNET_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
+INCEPTION_SKIPS = ("AuxLogits", "avgpool", "dropout", "fc")
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What sees the picture."""
+
+    cnn_backbone: str = "resnet50"
+    """The CNN: resnet18/34/50/101/152, mobilenet_v2, mobilenet_v3_large, efficientnet_v2_s,
+    convnext_tiny, inception_v3 or tiny."""
+    cnn_weights: str = "default"
+    """default (torchvision's), IMAGENET1K_V1, a state-dict file (.pth or .safetensors), or none
+    (the whole CNN is trained from scratch)."""
+    img_size: int | None = None
+    """Side in pixels that images are resized to (default: the backbone's own)."""
+    finetune_cnn: bool = False
+    """Train the last stages of the CNN too."""
+
+
+class Backbone(NamedTuple):
+    """A row of the table: channels C, default image size, the last stages that fine-tuning trains.
+
+    `layers` picks the trunk's modules from torchvision's model; none: the trunk is `features`.
+    """
+
+    channels: int
+    img_size: int
+    last_stages: tuple[str, ...]
+    layers: Callable[[str], bool] = lambda name: name == "features"
+    pretrained: bool = True
+
+
+def _resnet(channels: int) -> Backbone:
+    return Backbone(channels, 224, ("layer3", "layer4"), lambda name: name in RESNET_LAYERS)
+
+
+def _features(channels: int, img_size: int, *last: int) -> Backbone:
+    return Backbone(channels, img_size, tuple(f"features.{number}" for number in last))
+
+
+BACKBONES: dict[str, Backbone] = {
+    "resnet18": _resnet(512),
+    "resnet34": _resnet(512),
+    "resnet50": _resnet(2048),
+    "resnet101": _resnet(2048),
+    "resnet152": _resnet(2048),
+    "mobilenet_v2": _features(1280, 224, 14, 15, 16, 17, 18),
+    "mobilenet_v3_large": _features(960, 224, 13, 14, 15, 16),
+    "efficientnet_v2_s": _features(1280, 384, 6, 7),
+    "convnext_tiny": _features(768, 224, 6, 7),
+    "inception_v3": Backbone(
+        2048,
+        299,
+        ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
+        lambda name: name not in INCEPTION_SKIPS,
+    ),
+    "tiny": Backbone(128, 64, (), pretrained=False),
+}
+
+
+def backbone(name: str) -> Backbone:
+    """Return the row of a backbone; ValueError lists the known ones."""
+    if name not in BACKBONES:
+        known = ", ".join(sorted(BACKBONES))
+        raise ValueError(f"backbone {name!r} is not known; choose from {known}")
+    return BACKBONES[name]
+
+
+class InceptionInput(nn.Module):
+    """Turns ImageNet-normalised pixels into the -1..1 that Inception's weights were trained on."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = images.new_tensor(MEAN)[:, None, None]
+        std = images.new_tensor(STD)[:, None, None]
+        return (images * std + mean) * 2 - 1
+
+
+def tiny() -> nn.Sequential:
+    """Return a small CNN for 64-pixel drawings, to be trained from scratch: C = 128, S = 4 x 4."""
+    layers, channels = OrderedDict(), 3
+    for number, (width, stride) in enumerate(((32, 2), (64, 2), (128, 2), (128, 2), (128, 1))):
+        layers[f"conv{number}"] = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        layers[f"bn{number}"] = nn.BatchNorm2d(width)
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
+        channels = width
+    return nn.Sequential(layers)
+
+
+def build_trunk(name: str) -> nn.Sequential:
+    """Return the backbone with random weights, parameter names as in torchvision's state dict."""
+    row = backbone(name)
+    if name == "tiny":
+        return tiny()
+    import torchvision
+
+    # Inception warns about its slow truncated-normal start unless it is told which to use.
+    extra = {"init_weights": True} if name == "inception_v3" else {}
+    model = torchvision.models.get_model(name, weights=None, **extra)
+    layers = [(part, module) for part, module in model.named_children() if row.layers(part)]
+    if name == "inception_v3":
+        layers.insert(0, ("input", InceptionInput()))
+    return nn.Sequential(OrderedDict(layers))
+
+
+class Encoder(nn.Module):
+    """A CNN's last feature map as a sequence of image positions.
+
+    `trained` tells what learns: "none" (frozen), "last" (the last stages) or "all" (from scratch).
+    Unless all is trained, BatchNorm stays in eval: its statistics are ImageNet's.
+    """
+
+    def __init__(self, name: str, trained: str = "none"):
+        super().__init__()
+        self.name, self.trained = name, trained
+        self.channels = backbone(name).channels
+        self.cnn = build_trunk(name)
+        for part, parameter in self.cnn.named_parameters():
+            parameter.requires_grad = self.trains(part)
+        self.train()
+
+    def trains(self, parameter: str) -> bool:
+        """Tell whether a parameter of the CNN learns."""
+        if self.trained == "last":
+            return any(
+                parameter.startswith(stage + ".") for stage in backbone(self.name).last_stages
+            )
+        return self.trained == "all"
+
+    def train(self, mode: bool = True) -> "Encoder":
+        return super().train(mode and self.trained == "all")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return features (B, S, C) of `images` (B, 3, H, W), positions row by row."""
+        maps = self.cnn(images.contiguous(memory_format=torch.channels_last))
+        return maps.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, S, C)
+
+
+def build_encoder(name: str, weights: str | Path, *, finetune: bool | None = None) -> Encoder:
+    """Return an `Encoder` with `weights`: default, none, a torchvision weights name, or a path.
+
+    `finetune` None means: the whole CNN is trained where weights are none, else it is frozen.
+    Raises ValueError for frozen random features, and where name or weights don't fit.
+    """
+    row, from_scratch = backbone(name), str(weights) == "none"
+    if from_scratch and finetune is False:
+        raise ValueError(
+            "frozen random features teach a decoder nothing: give --cnn-weights, or let the CNN "
+            "be trained"
+        )
+    if not row.pretrained and not from_scratch and str(weights) in ("default",):
+        raise ValueError(f"backbone {name!r} has no published weights; use --cnn-weights none")
+    trained = "all" if from_scratch else "last" if finetune else "none"
+    encoder = Encoder(name, trained)
+    if not from_scratch:
+        load_weights(encoder.cnn, name, weights)
+    return encoder.to(memory_format=torch.channels_last)
+
+
+def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
+    """Fill `cnn` from torchvision's named weights or a state-dict file, with or without classifier.
+
+    Raises ValueError naming the first entry that is missing or has another shape.
+    """
+    source, state = read_weights(name, weights)
+    wanted = cnn.state_dict()
+    for key, tensor in wanted.items():
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, tensor)
+        if key not in state:
+            raise ValueError(f"{source} is not a {name} state dict: it has no {key}")
+        if state[key].shape != tensor.shape:
+            raise ValueError(
+                f"{source} does not fit {name}: {key} has shape {tuple(state[key].shape)}, "
+                f"expected {tuple(tensor.shape)}"
+            )
+    cnn.load_state_dict({key: state[key].to(wanted[key].dtype) for key in wanted})
+
+
+def read_weights(name: str, weights: str | Path) -> tuple[str, dict[str, Tensor]]:
+    """Return a word for the source of the weights, and the state dict."""
+    if Path(weights).suffix or Path(weights).exists():
+        return str(weights), read_state_dict(Path(weights))
+    import torchvision
+
+    published = torchvision.models.get_model_weights(name)
+    key = "DEFAULT" if weights == "default" else str(weights)
+    if key not in published.__members__:
+        raise ValueError(
+            f"weights {weights!r} are not known for {name}; choose from default, none, "
+            f"{', '.join(published.__members__)}, or the path of a state dict"
+        )
+    return fetch_weights(published[key])
+
+
+def fetch_weights(published: Any) -> tuple[str, dict[str, Tensor]]:
+    """Return torchvision's weights, downloaded into torch's cache unless they are there."""
+    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
+    try:
+        return place.name, published.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"the weights {place.name} could not be downloaded ({error}); get {published.url} and "
+            f"put it at {place}, or give its path with --cnn-weights"
+        ) from error
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file, or of a .pth file read with weights_only."""
+    import pickle
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no CNN weights at {path}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a readable state dict ({reason})") from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} is not a state dict: expected names and tensors only")
+    return state
+
+
+def fingerprint(encoder: nn.Module) -> str:
+    """Return 16 hex digits that change with any weight of the encoder."""
+    digest = hashlib.sha256()
+    for key, tensor in encoder.state_dict().items():
+        if not key.endswith("num_batches_tracked"):
+            digest.update(key.encode())
+            digest.update(tensor.float().contiguous().cpu().numpy())
+    return digest.hexdigest()[:16]
+
+
+def folded(encoder: Encoder) -> Encoder:
+    """Return a copy for inference only, BatchNorm folded into the convolutions before it."""
+    from torch.fx.experimental.optimization import fuse
+
+    copy = Encoder(encoder.name).to(next(encoder.parameters()).device)
+    copy.load_state_dict(encoder.state_dict())
+    copy.cnn = fuse(copy.eval().cnn)
+    return copy.to(memory_format=torch.channels_last)
+
+
+class Resize(nn.Module):
+    """A PIL image → (3, H, W) normalised pixels, squashed to a square of `size` pixels.
+
+    With `crop`, a random part (at least 80 % of the area, nearly square) is enlarged instead:
+    large enough that captions stay true.
+    """
+
+    def __init__(self, size: int, crop: bool = False):
+        super().__init__()
+        from torchvision.transforms import v2
+
+        first = v2.RandomResizedCrop(size, (0.8, 1.0), (0.9, 1.1), antialias=True)
+        self.size = size
+        self.steps = v2.Compose([
+            first if crop else v2.Resize((size, size), antialias=True),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ])  # fmt: skip
+
+    def forward(self, image: Any) -> Tensor:
+        return self.steps(image)
+
+
+def image_transform(img_size: int, *, train: bool) -> Callable[[Any], Tensor]:
+    """Return what turns a PIL image into (3, img_size, img_size) normalised pixels.
+
+    The aspect ratio is given up and nothing is cut off; with `train` a random crop is taken.
+    Mirroring is the dataset's: it must know the captions.
+    """
+    if img_size < 32:
+        raise ValueError(f"image size {img_size} is too small; use at least 32")
+    return Resize(img_size, crop=train)
+
+
+TRANSFORM = "squash-bilinear-imagenet"  # names the evaluation transform in caches and checkpoints

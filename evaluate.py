@@ -1,0 +1,197 @@
+"""Caption a split with a model, or take captions made elsewhere, and score them.
+
+B images · S image positions · C backbone channels
+"""
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import files
+import metrics
+from dataset import Record, leave_out, load_split
+from features import encode_images
+from inference import Captioner, DecodingConfig, decode, pick_device, spoken
+from model import CaptionModel
+
+log = logging.getLogger(__name__)
+
+
+def split_features(
+    model: CaptionModel,
+    records: Sequence[Record],
+    cache: Any = None,
+    *,
+    batch_size: int = 64,
+    workers: int = 2,
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield image ids and features (B, S, C), from the cache or from the files.
+
+    Images that can't be read are left out; raises ValueError when they are over 1 %.
+    """
+    lost: list[str] = []
+    if cache is None:
+        device = next(model.parameters()).device
+        batches = encode_images(records, model.encoder, model.img_size, device, batch_size, workers)
+    else:
+        batches = (
+            (torch.stack([cache.get(record.image_id) for record in part]), [])
+            for part in _parts(records, batch_size)
+        )
+    for part, (features, unread) in zip(_parts(records, batch_size), batches, strict=True):
+        lost += unread
+        kept = [row for row, record in enumerate(part) if record.image_id not in unread]
+        if kept:
+            yield [part[row].image_id for row in kept], features[kept]
+    leave_out(lost, len(records), "can't be read")
+
+
+def _parts(records: Sequence[Record], size: int) -> Iterator[Sequence[Record]]:
+    return (records[start : start + size] for start in range(0, len(records), size))
+
+
+def caption_split(
+    model: CaptionModel,
+    features: Iterable[tuple[list[str], Tensor]],
+    decoding: DecodingConfig,
+    total: int | None = None,
+) -> dict[str, str]:
+    """Return image id → caption for features as `split_features` yields them."""
+    captions: dict[str, str] = {}
+    device = next(model.parameters()).device
+    with tqdm(total=total, desc="captioning", unit=" images", disable=None, leave=False) as bar:
+        for image_ids, batch in features:
+            with torch.inference_mode():
+                decoded = decode(model, model.remember(batch.to(device)), decoding)
+            texts = (each[0].text for each in spoken(model, decoded))
+            captions.update(zip(image_ids, texts, strict=True))
+            bar.update(len(image_ids))
+    return captions
+
+
+def score_captions(
+    records: Sequence[Record], captions: Mapping[str, str], *, java: bool = False
+) -> dict[str, float]:
+    """Return the scores of `captions` (image id → text) against the records' captions.
+
+    With `java`, METEOR and SPICE too where they can be had; a line is logged where not.
+    """
+    references = {record.image_id: record.captions for record in records}
+    scores = metrics.score(references, captions)
+    if java:
+        more, reasons = metrics.java_scores(references, captions)
+        scores |= more
+        for reason in reasons:
+            log.warning("%s", reason)
+    return scores
+
+
+def read_captions(path: Path) -> dict[str, str]:
+    """Return image id → caption from a COCO results file: [{"image_id": …, "caption": …}, …]."""
+    value = files.read_json(path)
+    try:
+        captions = {row["image_id"]: row["caption"] for row in value}
+    except (TypeError, KeyError, IndexError) as error:
+        captions = None
+        reason = error
+    if captions is None or not all(isinstance(text, str) for text in captions.values()):
+        said = f" ({reason!r})" if captions is None else ""
+        raise ValueError(
+            f"{path} is not a captions file: expected a JSON list of "
+            f'{{"image_id": …, "caption": "…"}}{said}'
+        )
+    if len(captions) < len(value):
+        raise ValueError(
+            f"{path} has {len(value)} captions of {len(captions)} images; expected one an image"
+        )
+    return captions
+
+
+def captions_json(captions: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return `captions` in COCO's results format."""
+    return [{"image_id": name, "caption": text} for name, text in captions.items()]
+
+
+@dataclass(frozen=True)
+class Config:
+    """The flags of this script."""
+
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    checkpoint: Path | None = None
+    """A model file, or the folder of a run (default: the shipped model)."""
+    captions: Path | None = None
+    """Score the captions of this file (COCO results format) and use no model."""
+    dataset: str = "flickr8k"
+    """The dataset: see --help of train.py."""
+    data_dir: Path | None = None
+    """Folder of the dataset's own files (default: data/DATASET)."""
+    split: str = "test"
+    """train, val or test."""
+    split_seed: int = 0
+    """Seed of the split where the dataset has none of its own."""
+    limit: int | None = None
+    """Use only this many images of the split."""
+    java: bool = True
+    """METEOR and SPICE too, by pycocoevalcap and Java, where they are there."""
+    json: Path | None = None
+    """Write the scores to this JSON file."""
+    captions_json: Path | None = None
+    """Write the captions to this JSON file, in COCO's results format."""
+    batch_size: int = 64
+    """Images at once."""
+    workers: int = 2
+    """Processes that read images."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+
+def evaluate(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the report (scores, split, image count, decoding settings) and the captions."""
+    records = load_split(config.dataset, config.data_dir, config.split, config.split_seed)
+    records = records[: config.limit]
+    if config.captions:
+        captions: Mapping[Any, str] = read_captions(config.captions)
+        how: dict[str, Any] = {"captions": config.captions.name}
+    else:
+        captioner = Captioner.load(config.checkpoint, pick_device(config.device))
+        features = split_features(
+            captioner.model, records, batch_size=config.batch_size, workers=config.workers
+        )
+        captions = caption_split(captioner.model, features, config.decoding, len(records))
+        records = [record for record in records if record.image_id in captions]
+        how = {"decoding": asdict(config.decoding)}
+    scores = score_captions(records, captions, java=config.java)
+    about = {"dataset": config.dataset, "split": config.split, "images": len(records)}
+    return {**scores, **about, **how}, dict(captions)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Score a model on a split and print the scores."""
+    config = files.parse(
+        Config, argv, program="evaluate.py", description="Caption a split and score the captions."
+    )
+    report, captions = evaluate(config)
+    print(f"{config.dataset} {config.split}, {report['images']} images")
+    print_scores(report)
+    if config.json:
+        files.write_json(config.json, report)
+    if config.captions_json:
+        files.write_json(config.captions_json, captions_json(captions))
+
+
+def print_scores(scores: Mapping[str, Any], file: Any = None) -> None:
+    """Print the scores, a line each."""
+    for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE"):
+        if name in scores:
+            print(f"  {name:8} {scores[name]:.3f}", file=file or sys.stdout)
+
+
+if __name__ == "__main__":
+    files.run(main)

@@ -1,0 +1,212 @@
+"""The feature cache: each image goes through the frozen CNN once, and its features are kept.
+
+B images · S image positions · C backbone channels
+
+A cache is `NAME.npy`, float16 (images, views, S, C), memory-mapped, with `NAME.json` saying what
+made it. A killed extraction goes on where it stopped; two processes that want the same cache
+build it once.
+"""
+
+import hashlib
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import files
+from dataset import Record, leave_out
+from encoder import TRANSFORM, Encoder, fingerprint, folded, image_transform
+from images import read_image
+
+SAVE_EVERY = 16  # batches between two notes of how far the extraction has come
+
+
+class FeatureCache:
+    """Features by image id, read from disk as they are asked for.
+
+    Raises ValueError where the file beside it says that something else made it.
+    """
+
+    def __init__(self, path: Path, expected: dict[str, Any] | None = None):
+        """`path` is the .npy file; `expected` what its description must say, entry by entry."""
+        self.path = path
+        self.description = files.read_json(path.with_suffix(".json"))
+        for key, wanted in (expected or {}).items():
+            found = self.description.get(key)
+            if found != wanted:
+                raise ValueError(
+                    f"the feature cache {path} has {key} {_short(found)}, but {_short(wanted)} is "
+                    "wanted; delete it, or use another --cache-dir"
+                )
+        self.array = np.load(path, mmap_mode="r")
+        left_out = set(self.description["left_out"])
+        self.rows = {
+            image_id: row
+            for row, image_id in enumerate(self.description["image_ids"])
+            if image_id not in left_out
+        }
+
+    def __contains__(self, image_id: str) -> bool:
+        return image_id in self.rows
+
+    def get(self, image_id: str, view: int = 0) -> Tensor:
+        """Return the features (S, C) of an image, float16."""
+        return torch.from_numpy(np.array(self.array[self.rows[image_id], view]))
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:50]}… (sha {_digest(text)[:8]})"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def cached_features(
+    records: Sequence[Record],
+    encoder: Encoder,
+    img_size: int,
+    folder: Path,
+    name: str,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+    workers: int = 2,
+) -> FeatureCache:
+    """Return the cache of `records` in `folder`, extracting what is not there yet.
+
+    The file is called `name` and a digest of what makes it, so a cache of other weights, sizes or
+    images can lie beside it. Raises ValueError when over 1 % of the images cannot be read.
+    """
+    description = describe(records, encoder, img_size)
+    key = _digest(repr(sorted(description.items())))[:10]
+    path = folder / f"{name}-{encoder.name}-{img_size}-{key}.npy"
+    with files.lock(path.with_suffix(".lock")):
+        if not path.with_suffix(".json").exists():
+            _extract(records, encoder, path, description, device, batch_size, workers)
+    cache = FeatureCache(path, description)
+    lost = cache.description["left_out"]
+    leave_out(lost, len(records), "can't be read")
+    return cache
+
+
+def describe(records: Sequence[Record], encoder: Encoder, img_size: int) -> dict[str, Any]:
+    """Return what a cache of these images by this encoder must say of itself."""
+    files_seen = [f"{record.image_id} {record.path.stat().st_size}" for record in records]
+    return {
+        "backbone": encoder.name,
+        "weights": fingerprint(encoder),
+        "img_size": img_size,
+        "transform": TRANSFORM,
+        "views": 1,
+        "image_ids": [record.image_id for record in records],
+        "image_files": _digest("\n".join(files_seen)),
+    }
+
+
+def _extract(
+    records: Sequence[Record],
+    encoder: Encoder,
+    path: Path,
+    description: dict[str, Any],
+    device: torch.device | str,
+    batch_size: int,
+    workers: int,
+) -> None:
+    """Fill the cache at `path`; on return the .npy is complete and the .json says so."""
+    part, progress = path.with_suffix(".part"), path.with_suffix(".progress")
+    done, lost = 0, []
+    if part.exists() and progress.exists():
+        noted = files.read_json(progress)
+        done, lost = noted["done"], noted["left_out"]
+    array = None
+    if done:
+        array = np.lib.format.open_memmap(part, mode="r+")
+    bar = tqdm(total=len(records), initial=done, desc=path.stem, unit=" images", disable=None)
+    batches = encode_images(
+        records[done:], encoder, description["img_size"], device, batch_size, workers
+    )
+    with bar:
+        for number, (features, unread) in enumerate(batches, 1):
+            if array is None:
+                array = _new_array(part, (len(records), 1, *features.shape[1:]))
+            array[done : done + len(features), 0] = features.cpu().numpy()
+            lost += unread
+            done += len(features)
+            bar.update(len(features))
+            if number % SAVE_EVERY == 0:
+                array.flush()
+                files.write_json(progress, {"done": done, "left_out": lost})
+    array.flush()
+    del array
+    part.replace(path)
+    files.write_json(path.with_suffix(".json"), {**description, "left_out": lost})
+    progress.unlink(missing_ok=True)
+
+
+def _new_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    needed = 2 * int(np.prod(shape))
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            f"the feature cache {path} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
+            "free; make room or give --cache-dir on another disk"
+        )
+    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+
+
+def encode_images(
+    records: Sequence[Record],
+    encoder: Encoder,
+    img_size: int,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+    workers: int = 2,
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Yield features (B, S, C) in float16, batch by batch, and which ids could not be read.
+
+    An image that can't be read has a row of zeros, so rows stay with their records.
+    """
+    loader = DataLoader(
+        _Pixels(records, img_size),
+        batch_size,
+        num_workers=min(workers, len(records)),
+        collate_fn=_stack,
+    )
+    encoder = folded(encoder).to(device)
+    with torch.inference_mode():
+        for images, unread in loader:
+            features = encoder(images.to(device, non_blocking=True))
+            features[[row for row, image_id in enumerate(unread) if image_id]] = 0
+            # float16 ends at 65,504; beyond it lies infinity.
+            yield features.clamp(-65504, 65504).half(), [name for name in unread if name]
+
+
+class _Pixels(Dataset):
+    """Records as pixels (3, H, W); where one can't be read, black pixels and its id."""
+
+    def __init__(self, records: Sequence[Record], img_size: int):
+        self.records, self.img_size = records, img_size
+        self.transform = image_transform(img_size, train=False)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+        record = self.records[index]
+        try:
+            return self.transform(read_image(record.path)), ""
+        except (ValueError, FileNotFoundError):
+            return torch.zeros(3, self.img_size, self.img_size), record.image_id
+
+
+def _stack(items: Sequence[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
+    pixels, unread = zip(*items, strict=True)
+    return torch.stack(pixels), list(unread)

@@ -1,0 +1,38 @@
+"""Objectives: a batch in, a scalar with a gradient out.
+
+M captions in a batch · T words · V vocabulary
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from decoding import PAD
+
+
+class Loss(NamedTuple):
+    """Sums over the real words of a batch: divide by `words` for means.
+
+    `objective` has the gradient (label smoothing included), `nll` is the plain negative
+    log-likelihood in nats (no gradient), `words` how many targets there are.
+    """
+
+    objective: Tensor
+    nll: Tensor
+    words: int
+
+
+def cross_entropy(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> Loss:
+    """Return the loss of `logits` (M, T-1, V) for `tokens` (M, T); padding never counts.
+
+    Smoothing mixes the target with the uniform distribution over the V words (arXiv 1512.00567).
+    """
+    targets = tokens[:, 1:]
+    real = targets != PAD
+    log_probs = logits[real].float().log_softmax(-1)  # (N, V)
+    nll = -log_probs.gather(-1, targets[real][:, None]).sum()
+    objective = nll
+    if label_smoothing:
+        uniform = -log_probs.mean(-1).sum()
+        objective = (1 - label_smoothing) * nll + label_smoothing * uniform
+    return Loss(objective, nll.detach(), int(real.sum()))

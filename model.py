@@ -1,0 +1,144 @@
+"""`CaptionModel` wires an encoder to a decoder, and saves and rebuilds itself from one file.
+
+B images · S image positions · C backbone channels · D model width · T words · M captions
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import files
+from dataset import Vocabulary
+from decoder import DecoderConfig, Taught, build_decoder
+from encoder import TRANSFORM, Encoder
+
+FORMAT = "image-captioning 1"
+
+
+class CaptionModel(nn.Module):
+    """An image captioner: CNN features in, words out, with the vocabulary they are of."""
+
+    def __init__(
+        self, encoder: Encoder, config: DecoderConfig, vocabulary: Vocabulary, img_size: int
+    ):
+        """`img_size`: the side in pixels of the squares that images are resized to."""
+        super().__init__()
+        self.encoder, self.config = encoder, config
+        self.vocabulary, self.img_size = vocabulary, img_size
+        self.decoder = build_decoder(
+            config,
+            vocabulary=len(vocabulary),
+            channels=encoder.channels,
+            positions=count_positions(encoder, img_size),
+        )
+
+    def remember(self, inputs: Tensor) -> Tensor:
+        """Return memory of `inputs`: pixels (B, 3, H, W), or cached features (B, S, C)."""
+        features = self.encoder(inputs) if inputs.dim() == 4 else inputs
+        return self.decoder.remember(features.to(next(self.decoder.parameters()).dtype))
+
+    def forward(self, inputs: Tensor, tokens: Tensor, owner: Tensor) -> Taught:
+        """Return logits (M, T-1, V) of `tokens` (M, T), caption m being of image `owner[m]`."""
+        return self.decoder(self.remember(inputs), tokens, owner)
+
+    def learned(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what training changes: the decoder, and of the encoder what is not frozen."""
+        trained = self.encoder.trained
+        for name, tensor in self.state_dict().items():
+            part = name.removeprefix("encoder.cnn.")
+            if part == name or trained == "all" or self.encoder.trains(part):
+                yield name, tensor
+
+    def save(self, path: str | Path, **about: Any) -> None:
+        """Write weights, vocabulary and configuration to `path`, one safetensors file.
+
+        `about` (scores, how it was trained: JSON values) goes into the header as well.
+        """
+        from safetensors.torch import save
+
+        header = {
+            "format": FORMAT,
+            "model": {
+                "cnn_backbone": self.encoder.name,
+                "cnn_trained": self.encoder.trained,
+                "img_size": self.img_size,
+                "transform": TRANSFORM,
+                **asdict(self.config),
+            },
+            "vocabulary": self.vocabulary.words[len(Vocabulary.SPECIALS) :],
+            **about,
+        }
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        metadata = {key: json.dumps(value, ensure_ascii=False) for key, value in header.items()}
+        files.write_bytes(path, save(tensors, metadata))
+
+    @classmethod
+    def load(cls, path: str | Path, device: torch.device | str = "cpu") -> "CaptionModel":
+        """Return the model that `save` wrote, in eval mode; `path` may be a run's folder.
+
+        Raises FileNotFoundError where there is none, ValueError where it is not such a file.
+        """
+        path = checkpoint_file(path)
+        about, tensors = read_checkpoint(path)
+        stored = dict(about["model"])
+        if stored.pop("transform") != TRANSFORM:
+            raise ValueError(f"{path} wants an image transform this version does not have")
+        encoder = Encoder(stored.pop("cnn_backbone"), stored.pop("cnn_trained"))
+        img_size = stored.pop("img_size")
+        model = cls(encoder, DecoderConfig(**stored), Vocabulary(about["vocabulary"]), img_size)
+        try:
+            model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        except RuntimeError as error:
+            raise ValueError(f"{path} has other weights than it says: {error}") from error
+        return model.to(device).to(memory_format=torch.channels_last).eval()
+
+
+def count_positions(encoder: Encoder, img_size: int) -> int:
+    """Return how many positions S the encoder makes of an image of that size."""
+    training = encoder.training
+    with torch.inference_mode():
+        device = next(encoder.parameters()).device
+        features = encoder.eval()(torch.zeros(1, 3, img_size, img_size, device=device))
+    encoder.train(training)
+    return features.shape[1]
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """Return the model file that `path` means: itself, or best.safetensors of a run's folder."""
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "best.safetensors").is_file():
+            raise FileNotFoundError(
+                f"no best.safetensors in {path}: it is not the folder of a run, or the run has "
+                "not finished its first epoch"
+            )
+        return path / "best.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: there is no such file or folder")
+    return path
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a model file says of itself, and its tensors (nothing is ever unpickled)."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} is not a model file, or is cut short ({error}); expected a .safetensors "
+            "file written by train.py"
+        ) from error
+    if about.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a captioning model: its header says {about.get('format')!r}, "
+            f"expected {FORMAT!r}"
+        )
+    return about, tensors

@@ -1,0 +1,613 @@
+"""Train a captioner: `python train.py --dataset shapes`, or on Flickr8k with no flag at all.
+
+B images · S image positions · C backbone channels · T words · M captions in a batch
+"""
+
+import contextlib
+import csv
+import io
+import logging
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import files
+import plots
+from dataset import (
+    CaptionDataset,
+    DataConfig,
+    Record,
+    SplitMissingError,
+    Vocabulary,
+    get_loader,
+    load_split,
+    mix,
+    readable,
+)
+from decoder import DecoderConfig
+from encoder import EncoderConfig, backbone, build_encoder, fingerprint, image_transform
+from evaluate import caption_split, print_scores, score_captions, split_features
+from features import FeatureCache, cached_features
+from images import read_image
+from inference import DecodingConfig, pick_device
+from losses import cross_entropy
+from model import CaptionModel
+
+log = logging.getLogger(__name__)
+
+# What a dataset changes of the fields' defaults; flags win over it.
+DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
+    "shapes": {
+        "cnn_backbone": "tiny",
+        "cnn_weights": "none",
+        "augment": False,
+        "d_model": 64,
+        "n_decode": 2,
+        "n_head": 4,
+        "fc_dim": 256,
+        "dropout": 0.1,
+        "epochs": 6,
+        "batch_size": 16,
+        "lr": 3e-3,
+        "min_count": 1,
+        "label_smoothing": 0.0,
+        "workers": 0,
+    },
+}
+# What makes a model another one: --resume refuses to change it.
+IDENTITY = (
+    "dataset", "min_count", "split_seed", "train_fraction", "limit", "cnn_backbone", "img_size",
+    "finetune_cnn", "decoder", "d_model", "n_decode", "n_head", "fc_dim", "seq_len",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the weights change."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    batch_size: int = 32
+    """Images a step, each with all its captions."""
+    lr: float = 6e-4
+    """Peak learning rate of the decoder."""
+    cnn_lr: float = 1e-5
+    """Peak learning rate of the CNN's last stages (--finetune-cnn)."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; it falls to 0 as a cosine after."""
+    weight_decay: float = 0.01
+    """AdamW's decay of weight matrices."""
+    label_smoothing: float = 0.1
+    """Share of the target spread over all words."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient (0: no limit)."""
+    ema: float = 0.998
+    """Decay of the average of weights that is evaluated and saved (0: no average)."""
+    patience: int = 5
+    """Stop after this many epochs without a better validation CIDEr (0: never)."""
+    seed: int = 0
+    """Seed of weights, order, dropout and augmentation."""
+    output: Path | None = None
+    """Folder of the run (default: runs/DATASET, with a number if that is taken)."""
+    resume: bool = False
+    """Go on with the run in --output where it stopped, with its flags."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    amp: bool = True
+    """Mixed precision (bfloat16) on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError("--epochs and --batch-size must be at least 1")
+        if not (self.lr > 0 and self.cnn_lr > 0):
+            raise ValueError(f"--lr {self.lr} and --cnn-lr {self.cnn_lr} must be above 0")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"--ema {self.ema} must be at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All flags: one field is one flag and one entry of config.json."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Return the flags by name, paths as text."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for part in asdict(config).values()
+        for name, value in part.items()
+    }
+
+
+def updated(config: Config, changes: dict[str, Any]) -> Config:
+    """Return `config` with the flags in `changes`; unknown names are ignored (older runs)."""
+    parts = {}
+    for part in fields(config):
+        old = getattr(config, part.name)
+        known = {item.name: item.type for item in fields(old)}
+        new = {name: changes[name] for name in known if name in changes}
+        for name, value in new.items():
+            if "Path" in str(known[name]) and value is not None:
+                new[name] = Path(value)
+        parts[part.name] = replace(old, **new)
+    return Config(**parts)
+
+
+def configure(argv: list[str] | None) -> Config:
+    """Return the flags: those given, over a resumed run's, over the dataset's, over defaults."""
+
+    def read(default: Config) -> Config:
+        described = "Train an image captioner; --dataset shapes needs no download."
+        return files.parse(Config, argv, program="train.py", description=described, default=default)
+
+    given = read(Config())
+    changes = DATASET_DEFAULTS.get(given.data.dataset, {})
+    stored: dict[str, Any] = {}
+    if given.train.resume:
+        stored = read_run(given.train.output or Path("runs") / given.data.dataset)
+        changes = stored
+    config = read(updated(Config(), changes))
+    for name in IDENTITY if stored else ():
+        now, then = flat(config)[name], stored.get(name)
+        if now != then:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {now} differs from the run's {then}; a resumed run "
+                "keeps it, start a new one with another --output"
+            )
+    return config
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return the flags of the run in `folder`; raises FileNotFoundError where there is none."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"no run to resume in {folder}: name its folder with --output")
+    return {**files.read_json(folder / "config.json"), "output": str(folder), "resume": True}
+
+
+def run_folder(config: Config) -> Path:
+    """Return the folder of the run; a new run never takes one that is in use."""
+    folder = config.train.output or Path("runs") / config.data.dataset
+    if config.train.resume:
+        return folder
+    if config.train.output is None:
+        number = 2
+        while (folder / "config.json").exists():
+            folder = Path("runs") / f"{config.data.dataset}-{number}"
+            number += 1
+    elif (folder / "config.json").exists():
+        raise ValueError(f"{folder} holds a run already; add --resume, or name another --output")
+    return folder
+
+
+class Trainer:
+    """A model with its optimiser and average of weights, and how far training has come.
+
+    Nothing is random but by (seed, step), so this state and the step are all a resumed run needs.
+    """
+
+    def __init__(self, model: CaptionModel, config: TrainConfig, total_steps: int):
+        self.model, self.config, self.total_steps = model, config, total_steps
+        self.device = next(model.parameters()).device
+        self.optimizer = torch.optim.AdamW(self.groups(), betas=(0.9, 0.98), eps=1e-8)
+        self.average = {name: tensor.clone() for name, tensor in model.learned()}
+        self.step_number = self.epoch = self.batch = 0
+        self.nll = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.words = 0
+        self.seconds = 0.0
+        self.rows: list[dict[str, Any]] = []
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return AdamW's parameter groups: matrices decay, vectors don't; the CNN has its lr."""
+        config, slow = self.config, self.model.encoder.trained == "last"
+        groups = []
+        for part, lr in (
+            (self.model.encoder, config.cnn_lr if slow else config.lr),
+            (self.model.decoder, config.lr),
+        ):
+            learning = [parameter for parameter in part.parameters() if parameter.requires_grad]
+            for matrices in (True, False):
+                chosen = [each for each in learning if (each.dim() > 1) == matrices]
+                decay = config.weight_decay if matrices else 0.0
+                if chosen:
+                    groups.append({"params": chosen, "peak": lr, "weight_decay": decay})
+        return groups
+
+    def rate(self) -> float:
+        """Return the share of the peak learning rate at this step: warm-up, then a cosine to 0."""
+        warmup = max(1, round(self.config.warmup * self.total_steps))
+        if self.step_number < warmup:
+            return (self.step_number + 1) / warmup
+        along = (self.step_number - warmup) / max(1, self.total_steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, along)))
+
+    def step(self, inputs: Tensor, tokens: Tensor, owner: Tensor) -> None:
+        """Learn from one batch."""
+        config = self.config
+        torch.manual_seed(mix(config.seed, self.step_number))
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * self.rate()
+        mixed = config.amp and self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
+            taught = self.model(*(each.to(self.device) for each in (inputs, tokens, owner)))
+        loss = cross_entropy(taught.logits, tokens.to(self.device), config.label_smoothing)
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss.objective / loss.words).backward()
+        if config.grad_clip:
+            learning = [each for group in self.optimizer.param_groups for each in group["params"]]
+            nn.utils.clip_grad_norm_(learning, config.grad_clip)
+        self.optimizer.step()
+        self.step_number += 1
+        self.batch += 1
+        self.update_average()
+        self.nll += loss.nll
+        self.words += loss.words
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the average a little towards the weights; at the start it follows them closely."""
+        decay = min(self.config.ema, (1 + self.step_number) / (10 + self.step_number))
+        for name, tensor in self.model.learned():
+            if self.config.ema and tensor.is_floating_point():
+                self.average[name].lerp_(tensor, 1 - decay)
+            else:
+                self.average[name].copy_(tensor)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[CaptionModel]:
+        """Lend the model with the average of weights in it, in eval mode."""
+        own = {name: tensor.clone() for name, tensor in self.model.learned()}
+        self.model.load_state_dict(self.average, strict=False)
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.load_state_dict(own, strict=False)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, as tensors and plain values."""
+        return {
+            "weights": dict(self.model.learned()),
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "encoder": fingerprint(self.model.encoder) if self.frozen() else None,
+            "nll": float(self.nll),
+            **{name: getattr(self, name) for name in self.COUNTS},
+        }
+
+    COUNTS = ("step_number", "epoch", "batch", "words", "seconds", "rows")
+
+    def frozen(self) -> bool:
+        return self.model.encoder.trained == "none"
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over a `state`; ValueError where the frozen CNN is another."""
+        if self.frozen() and state["encoder"] != fingerprint(self.model.encoder):
+            raise ValueError(
+                f"the CNN's weights are {fingerprint(self.model.encoder)}, but the run began with "
+                f"{state['encoder']}; give the same --cnn-weights"
+            )
+        self.model.load_state_dict(state["weights"], strict=False)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average = {name: value.to(self.device) for name, value in state["average"].items()}
+        self.nll.fill_(state["nll"])
+        for name in self.COUNTS:
+            setattr(self, name, state[name])
+
+    def best(self) -> float:
+        """Return the best validation CIDEr so far."""
+        return max((row["CIDEr"] for row in self.rows if row["CIDEr"] is not None), default=-1.0)
+
+    def patience_is_over(self) -> bool:
+        """Tell whether the last `patience` epochs have all been worse than one before them."""
+        scores = [row["CIDEr"] for row in self.rows if row["CIDEr"] is not None]
+        waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
+        return bool(self.config.patience) and waited >= self.config.patience
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write last.pt; the one before it stays as previous.pt."""
+    # Through memory: torch.save turns a full disk into a RuntimeError without a reason.
+    content = io.BytesIO()
+    torch.save(state, content)
+    last = folder / "last.pt"
+    with files.replacing(last) as temporary:
+        temporary.write_bytes(content.getbuffer())
+        if last.exists():
+            last.replace(folder / "previous.pt")
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """Return the training state of a run (the one before it if the last is damaged), or None."""
+    for name in ("last.pt", "previous.pt"):
+        if not (folder / name).exists():
+            continue
+        try:
+            return torch.load(folder / name, map_location="cpu", weights_only=True)
+        except Exception as error:
+            log.warning("%s can't be read (%s)", folder / name, str(error).splitlines()[0])
+    return None
+
+
+class Interrupts:
+    """Turns Ctrl-C and SIGTERM into a request that the loop honours between two steps."""
+
+    def __enter__(self) -> "Interrupts":
+        self.asked = False
+        self.before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        if self.asked:  # twice: now
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Data:
+    """The records of each split that is there; where the CNN is frozen, their features."""
+
+    records: dict[str, Sequence[Record]]
+    caches: dict[str, FeatureCache]
+
+
+def load_data(config: DataConfig) -> dict[str, Sequence[Record]]:
+    """Return the splits there are; the train split must be."""
+    splits: dict[str, Sequence[Record]] = {}
+    for split in ("train", "val", "test"):
+        try:
+            records = load_split(config.dataset, config.data_dir, split, config.split_seed)
+        except SplitMissingError as error:
+            if split == "train":
+                raise
+            log.warning("no %s scores: %s", split, error)
+            continue
+        if split == "train":
+            records = records[: max(1, round(config.train_fraction * len(records)))]
+        splits[split] = records[: config.limit]
+    return splits
+
+
+def build(config: Config) -> tuple[CaptionModel, Data]:
+    """Return the model to train, on its device, and the data to train it on."""
+    data, device = load_data(config.data), pick_device(config.train.device)
+    torch.manual_seed(config.train.seed)
+    weights = config.encoder.cnn_weights
+    finetune = config.encoder.finetune_cnn or None
+    encoder = build_encoder(config.encoder.cnn_backbone, weights, finetune=finetune).to(device)
+    captions = (line for record in data["train"] for line in record.captions)
+    vocabulary = Vocabulary.build(captions, config.data.min_count)
+    img_size = config.encoder.img_size or backbone(encoder.name).img_size
+    caches = {}
+    for split, records in data.items():
+        if encoder.trained == "none":
+            name = f"{config.data.dataset}-{split}"
+            folder, workers = config.data.cache_dir, config.data.workers
+            caches[split] = cached_features(
+                records, encoder, img_size, folder, name, device=device, workers=workers
+            )
+            data[split] = [record for record in records if record.image_id in caches[split]]
+        else:
+            data[split] = readable(records)
+    # The same start for the decoder, whatever the encoder's construction drew.
+    torch.manual_seed(config.train.seed)
+    model = CaptionModel(encoder, config.decoder, vocabulary, img_size)
+    return model.to(device), Data(data, caches)
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Train, validate and save as the flags say; return the scores by split."""
+    folder = run_folder(config)
+    model, data = build(config)
+    steps = math.ceil(len(data.records["train"]) / config.train.batch_size)
+    trainer = Trainer(model, config.train, steps * config.train.epochs)
+    if config.train.resume and (state := load_state(folder)) is not None:
+        trainer.load(state)
+    files.write_json(folder / "config.json", flat(config))
+    print_start(config, model, data, folder)
+    with Interrupts() as interrupts:
+        while trainer.epoch < config.train.epochs and not trainer.patience_is_over():
+            train_epoch(trainer, config, data, interrupts)
+            if interrupts.asked:
+                save_state(folder, trainer.state())
+                print(f"stopped in epoch {trainer.epoch + 1}; go on: --resume --output {folder}")
+                raise KeyboardInterrupt
+            finish_epoch(trainer, config, data, folder)
+    return finish(config, data, folder, trainer.rows)
+
+
+def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interrupts) -> None:
+    """Go once over the training images, from where an interrupted epoch stopped."""
+    records, model = data.records["train"], trainer.model
+    cache = data.caches.get("train")
+    augment = config.data.augment and cache is None
+    dataset = CaptionDataset(
+        records,
+        model.vocabulary,
+        model.config.seq_len,
+        image_transform(model.img_size, train=augment),
+        cache,
+        flip=augment,
+        seed=config.train.seed,
+    )
+    loader = get_loader(
+        dataset,
+        config.train.batch_size,
+        shuffle=True,
+        seed=config.train.seed,
+        epoch=trainer.epoch,
+        skip=trainer.batch,
+        workers=0 if cache is not None else config.data.workers,
+    )
+    began = time.perf_counter()
+    name = f"epoch {trainer.epoch + 1}/{config.train.epochs}"
+    for batch in tqdm(loader, desc=name, unit=" steps", disable=None, leave=False):
+        trainer.step(batch.inputs, batch.tokens, batch.owner)
+        if interrupts.asked:
+            break
+    trainer.seconds += time.perf_counter() - began
+
+
+def finish_epoch(trainer: Trainer, config: Config, data: Data, folder: Path) -> None:
+    """Validate, write the run's files, and make ready for the next epoch."""
+    row: dict[str, Any] = {
+        "epoch": trainer.epoch + 1,
+        "train_loss": float(trainer.nll) / trainer.words,
+        "val_loss": None,
+        "CIDEr": None,
+        "BLEU-4": None,
+        "lr": trainer.optimizer.param_groups[-1]["lr"],
+        "seconds": round(trainer.seconds, 1),
+    }
+    best = trainer.best()
+    with trainer.averaged() as model:
+        if "val" in data.records:
+            records = data.records["val"]
+            features = list(split_features(model, records, data.caches.get("val")))
+            captions = caption_split(model, features, VALIDATION, len(records))
+            scores = score_captions(records, captions)
+            row |= {"val_loss": split_loss(model, records, features)}
+            row |= {"CIDEr": scores["CIDEr"], "BLEU-4": scores["BLEU-4"]}
+            write_samples(folder / "samples" / f"epoch-{row['epoch']:02}.png", records, captions)
+        if row["CIDEr"] is None or row["CIDEr"] > best:
+            model.save(folder / "best.safetensors", scores=row, training=training_facts(config))
+    trainer.rows.append(row)
+    trainer.epoch, trainer.batch = trainer.epoch + 1, 0
+    trainer.words, trainer.seconds = 0, 0.0
+    trainer.nll.zero_()
+    write_rows(folder / "metrics.csv", trainer.rows)
+    plots.learning_curve(folder / "learning_curve.png", trainer.rows)
+    # Last, so that a state on disk never runs ahead of the files it stands for.
+    save_state(folder, trainer.state())
+    print_row(row, trainer.device)
+
+
+# Greedy: close enough to rank epochs, and several times faster than a beam.
+VALIDATION = DecodingConfig(method="greedy")
+
+
+@torch.inference_mode()
+def split_loss(
+    model: CaptionModel, records: Sequence[Record], features: list[tuple[list[str], Tensor]]
+) -> float:
+    """Return the mean negative log-likelihood a word, in nats, of the split's captions."""
+    lines = {record.image_id: record.captions for record in records}
+    nll, words = 0.0, 0
+    device = next(model.parameters()).device
+    for image_ids, batch in features:
+        captions = [[model.vocabulary.encode(line, model.config.seq_len) for line in lines[name]]
+                    for name in image_ids]  # fmt: skip
+        rows = [torch.tensor(tokens) for each in captions for tokens in each]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        counts = torch.tensor([len(each) for each in captions])
+        owner = torch.arange(len(captions)).repeat_interleave(counts).to(device)
+        loss = cross_entropy(model(batch.to(device), tokens, owner).logits, tokens)
+        nll, words = nll + float(loss.nll), words + loss.words
+    return nll / words
+
+
+def training_facts(config: Config) -> dict[str, Any]:
+    """Return the flags for the model file: how it was trained, and no path of this machine."""
+    flags = flat(config)
+    for name in ("data_dir", "cache_dir", "output", "resume", "device", "workers"):
+        del flags[name]
+    return {**flags, "cnn_weights": Path(flags["cnn_weights"]).name}
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write metrics.csv: a row an epoch, an empty field for what was not measured."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    files.write_text(path, table.getvalue())
+
+
+def write_samples(path: Path, records: Sequence[Record], captions: dict[str, str]) -> None:
+    """Draw a page of twelve pictures of the split with their captions."""
+    chosen = records[:: max(1, len(records) // 12)][:12]
+    items = [
+        (read_image(record.path), captions[record.image_id], [record.captions[0]])
+        for record in chosen
+        if record.image_id in captions
+    ]
+    plots.caption_page(path, items, title=path.stem)
+
+
+def finish(
+    config: Config, data: Data, folder: Path, rows: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Score the best model on val and, once, on test; write scores.json and print them."""
+    model = CaptionModel.load(folder, pick_device(config.train.device))
+    report: dict[str, Any] = {}
+    for split in ("val", "test"):
+        if split not in data.records:
+            continue
+        records = data.records[split]
+        features = list(split_features(model, records, data.caches.get(split)))
+        captions = caption_split(model, features, DecodingConfig(), len(records))
+        scores = score_captions(records, captions)
+        scores["loss"] = split_loss(model, records, features)
+        report[split] = {**scores, "images": len(records), "decoding": asdict(DecodingConfig())}
+        write_samples(folder / "samples" / f"{split}.png", records, captions)
+        print(f"{split}, {len(records)} images, beam {DecodingConfig().beam_size}")
+        print_scores(scores)
+        for record in records[:3]:
+            print(f"    {record.image_id}: {captions[record.image_id]}")
+    test_loss = report.get("test", {}).get("loss")
+    plots.learning_curve(folder / "learning_curve.png", list(rows), test_loss)
+    files.write_json(folder / "scores.json", report)
+    print(f"caption a picture: python inference.py PHOTO --checkpoint {folder}")
+    return report
+
+
+def print_start(config: Config, model: CaptionModel, data: Data, folder: Path) -> None:
+    """Say what is about to be trained."""
+    learning = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    images = ", ".join(f"{len(records)} {split}" for split, records in data.records.items())
+    print(f"{config.data.dataset}: {images} images, {len(model.vocabulary)} words")
+    print(
+        f"{model.encoder.name} + {config.decoder.decoder}, {learning / 1e6:.1f} million weights "
+        f"to train, on {next(model.parameters()).device}; run folder {folder}",
+        flush=True,
+    )
+
+
+def print_row(row: dict[str, Any], device: torch.device) -> None:
+    """Print an epoch's line."""
+    parts = [f"epoch {row['epoch']}", f"train loss {row['train_loss']:.3f}"]
+    if row["val_loss"] is not None:
+        parts.append(f"val loss {row['val_loss']:.3f}")
+        parts += [f"CIDEr {row['CIDEr']:.3f}", f"BLEU-4 {row['BLEU-4']:.3f}"]
+    parts.append(f"{row['seconds']:.0f} s")
+    if device.type == "cuda":
+        parts.append(f"GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
+    print(", ".join(parts), flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train a captioner."""
+    train(configure(argv))
+
+
+if __name__ == "__main__":
+    files.run(main)
