@@ -1,40 +1,42 @@
-"""Captions on disk → records and splits → batches; and the words themselves.
+"""Records → batches of images with all their captions; and the words themselves.
 
 B images · M captions in a batch · T words · S image positions · C backbone channels
 
-Reading a split gives `Record`s (one an image, with all its captions). `CaptionDataset` turns them
-into tensors, `collate_fn` puts all captions of an image into the batch of that image, so the CNN
-runs once per image.
+`CaptionDataset` turns records into tensors, `collate_fn` puts all captions of an image into the
+batch of that image, so the CNN runs once per image.
 """
 
-import csv
 import hashlib
-import logging
-import os
 import random
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import files
-import shapes
 from decoding import END, PAD, START, UNK
 from images import read_image
+from layouts import DATASETS, Record, load_split
 
-log = logging.getLogger(__name__)
+__all__ = [
+    "DATASETS",
+    "Batch",
+    "CaptionDataset",
+    "DataConfig",
+    "Record",
+    "Vocabulary",
+    "collate_fn",
+    "get_loader",
+    "load_split",
+]
 
-SPLITS = ("train", "val", "test")
-MAX_LEFT_OUT = 0.01  # of a split's images may be missing or unreadable
 SIDES = re.compile(r"\b(?:left|right)(?:most|ward|wards)?\b", re.IGNORECASE)
 
 
@@ -42,8 +44,8 @@ SIDES = re.compile(r"\b(?:left|right)(?:most|ward|wards)?\b", re.IGNORECASE)
 class DataConfig:
     """What is learned from."""
 
-    dataset: str = "flickr8k"
-    """flickr8k, or shapes (drawn by the project itself)."""
+    dataset: Literal[tuple(DATASETS)] = "flickr8k"
+    """What to learn from; shapes is drawn by the project itself."""
     data_dir: Path | None = None
     """Folder of the dataset's own files (default: data/DATASET)."""
     split_seed: int = 0
@@ -150,258 +152,6 @@ class Vocabulary:
         if not isinstance(value, dict) or not isinstance(value.get("words"), list):
             raise ValueError(f'{path} is not a vocabulary: expected {{"words": [...]}}')
         return cls(value["words"])
-
-
-# ---- records ---------------------------------------------------------------------------------
-
-
-class Record(NamedTuple):
-    """One image: `image_id` is its file name (COCO: its integer id), `captions` as written."""
-
-    image_id: str
-    path: Path
-    captions: tuple[str, ...]
-
-
-class SplitMissingError(FileNotFoundError):
-    """The data are there, but not this split of them."""
-
-
-def leave_out(lost: Sequence[str], total: int, what: str) -> None:
-    """Log the images that are left out and why; more than 1 % of `total` is a ValueError."""
-    if not lost:
-        return
-    shown = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
-    line = f"{len(lost)} of {total} images {what}: {shown}"
-    if len(lost) > MAX_LEFT_OUT * total:
-        raise ValueError(f"{line}; more than 1 % is too many to leave out, repair the dataset")
-    log.warning("left out: %s", line)
-
-
-def readable(records: Sequence[Record]) -> list[Record]:
-    """Return the records whose image can be read, having read them all; the others are listed."""
-
-    def reads(record: Record) -> bool:
-        try:
-            read_image(record.path)
-        except (ValueError, FileNotFoundError):
-            return False
-        return True
-
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = list(
-            tqdm(
-                pool.map(reads, records),
-                total=len(records),
-                desc="checking images",
-                disable=None,
-                leave=False,
-            )
-        )
-    lost = [record.image_id for record, good in zip(records, results, strict=True) if not good]
-    leave_out(lost, len(records), "can't be read")
-    return [record for record, good in zip(records, results, strict=True) if good]
-
-
-def read_flickr8k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
-    """Return the records of a split of Flickr8k in whichever layout `root` holds.
-
-    Official archives, Kaggle's `Images/` + `captions.txt`, `Images/` + `Flickr8k.token.txt`, or
-    Karpathy's JSON; `root` or a folder in it. Splits come from the official lists where there are
-    any, else from the JSON, else each image's place in an order shuffled by `split_seed`.
-    """
-    folders = _folders(root)
-    lists = {
-        name: _find(folders, f"Flickr_8k.{word}Images.txt")
-        for name, word in (("train", "train"), ("val", "dev"), ("test", "test"))
-    }
-    token = _find(folders, "Flickr8k.token.txt") or _find(folders, "captions.txt")
-    karpathy = _find(folders, "dataset_flickr8k.json") or _find(folders, "dataset.json")
-    if karpathy and not (token and any(lists.values())):
-        return read_karpathy(karpathy, folders, split)
-    if not token:
-        raise FileNotFoundError(
-            f"no Flickr8k captions in {root}: looked for Flickr8k.token.txt, captions.txt and "
-            "dataset_flickr8k.json there and in its folders; run python download_data.py flickr8k "
-            "or give --data-dir"
-        )
-    captions = read_token_file(token) if token.name != "captions.txt" else read_csv_file(token)
-    if any(lists.values()):
-        if not lists[split]:
-            raise _missing_split(root, split, [name for name, path in lists.items() if path])
-        names = lists[split].read_text(encoding="utf-8").split()
-    else:
-        names = split_by_image(captions, split_seed)[split]
-    return _records(names, captions, folders, root, split)
-
-
-def _folders(root: Path) -> list[Path]:
-    """Return `root` and the folders in it, hidden ones and Mac leftovers aside, for two levels."""
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"no dataset at {root}: there is no such folder; run python download_data.py or give "
-            "--data-dir, the folder that holds the dataset's files"
-        )
-    found = [root]
-    for level in (root, *_subfolders(root)):
-        found += [folder for folder in _subfolders(level) if folder not in found]
-    return found
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    with os.scandir(folder) as entries:
-        return sorted(
-            Path(entry.path)
-            for entry in entries
-            if not entry.name.startswith((".", "__MACOSX")) and entry.is_dir()
-        )
-
-
-def _find(folders: Sequence[Path], name: str) -> Path | None:
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
-
-
-def _missing_split(root: Path, split: str, present: Sequence[str]) -> SplitMissingError:
-    return SplitMissingError(
-        f"no {split} split in {root}; it holds {', '.join(present) if present else 'no split'}"
-    )
-
-
-def read_token_file(path: Path) -> dict[str, list[str]]:
-    """Return image name → captions from lines `name.jpg#0<TAB>caption`."""
-    captions: dict[str, list[str]] = {}
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        key, tab, caption = line.partition("\t")
-        name, hash_mark, index = key.rpartition("#")
-        if not tab or not hash_mark or not index.isdigit():
-            raise ValueError(
-                f"{path} line {number} is not a caption: expected name.jpg#0, a tab and the "
-                f"caption, not {line[:60]!r}"
-            )
-        captions.setdefault(name, []).append(caption.strip())
-    return captions
-
-
-def read_csv_file(path: Path) -> dict[str, list[str]]:
-    """Return image name → captions from a CSV with the header `image,caption`."""
-    captions: dict[str, list[str]] = {}
-    rows = csv.reader(_text(path).splitlines(keepends=True))
-    if [cell.strip().lower() for cell in next(rows, [])] != ["image", "caption"]:
-        raise ValueError(f"{path} is not a captions file: its first line must be image,caption")
-    for row in rows:
-        if not row:
-            continue
-        if len(row) != 2:
-            raise ValueError(
-                f"{path} line {rows.line_num} is not a caption: expected image,caption, "
-                f"not {len(row)} columns"
-            )
-        captions.setdefault(row[0].strip(), []).append(row[1].strip())
-    return captions
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason})") from error
-
-
-def split_by_image(names: Iterable[str], seed: int) -> dict[str, list[str]]:
-    """Return the split of each image name: an eighth each (at least one) val and test, rest train.
-
-    Images are ordered by a hash of seed and name: the same everywhere, whatever the file's order.
-    """
-    ordered = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
-    part = max(1, len(ordered) // 8)
-    parts = (ordered[2 * part :], ordered[:part], ordered[part : 2 * part])
-    return {split: sorted(names) for split, names in zip(SPLITS, parts, strict=True)}
-
-
-def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> list[Record]:
-    """Return the records of a split from Karpathy's JSON; `restval` images join train."""
-    value = files.read_json(path)
-    try:
-        images = [
-            (image["filename"], image["split"], [line["raw"] for line in image["sentences"]])
-            for image in value["images"]
-        ]
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path} is not a captions file: expected {{"images": [{{"filename", "split", '
-            f'"sentences": [{{"raw"}}]}}]}} ({type(error).__name__}: {error})'
-        ) from error
-    wanted = (split, "restval") if split == "train" else (split,)
-    captions = {name: lines for name, part, lines in images if part in wanted}
-    if not captions:
-        raise _missing_split(path, split, sorted({part for _, part, _ in images}))
-    return _records(list(captions), captions, folders, path.parent, split)
-
-
-def read_shapes(root: Path, split: str, split_seed: int = 0) -> list[Record]:
-    """Return the records of a split of the drawn shapes, drawing them into `root` first."""
-    shapes.draw(root)
-    return read_karpathy(root / "captions.json", [root, root / "images"], split)
-
-
-def _records(
-    names: Sequence[str],
-    captions: dict[str, list[str]],
-    folders: Sequence[Path],
-    root: Path,
-    split: str,
-) -> list[Record]:
-    """Return records for `names`, leaving out (with a line) those with no image or no caption."""
-    if not names:
-        raise _missing_split(root, split, [])
-    folder, present = _image_folder(folders, names)
-    if not present:
-        raise SplitMissingError(
-            f"no image of the {split} split in {root} or its folders (wanted {names[0]} and "
-            f"{len(names) - 1} more)"
-        )
-    described = [name for name in names if captions.get(name)]
-    if not described:
-        raise SplitMissingError(f"no captions of the {split} split in {root} (wanted {names[0]} …)")
-    lost = [name for name in names if name not in present or not captions.get(name)]
-    leave_out(lost, len(names), f"of the {split} split have no image file or no caption")
-    return [
-        Record(name, folder / name, tuple(captions[name])) for name in described if name in present
-    ]
-
-
-def _image_folder(folders: Sequence[Path], names: Sequence[str]) -> tuple[Path, set[str]]:
-    """Return the folder that holds the most of `names`, and those it holds."""
-    wanted = set(names)
-    found = [(folder, wanted.intersection(os.listdir(folder))) for folder in folders]
-    return max(found, key=lambda pair: len(pair[1]))
-
-
-DATASETS: dict[str, Callable[..., Sequence[Record]]] = {
-    "flickr8k": read_flickr8k,
-    "shapes": read_shapes,
-}
-
-
-def data_folder(dataset: str, data_dir: Path | None) -> Path:
-    """Return the folder of the dataset's own files: `data_dir`, or data/<dataset>."""
-    return data_dir or Path("data") / dataset
-
-
-def load_split(
-    dataset: str, data_dir: Path | None, split: str, split_seed: int = 0
-) -> Sequence[Record]:
-    """Return the records of a split of a dataset; errors name what is not there.
-
-    Raises ValueError for a name that is not known, SplitMissingError for a split that is absent.
-    """
-    if dataset not in DATASETS:
-        raise ValueError(f"dataset {dataset!r} is not known; choose from {', '.join(DATASETS)}")
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is not known; choose from {', '.join(SPLITS)}")
-    return DATASETS[dataset](data_folder(dataset, data_dir), split, split_seed)
 
 
 # ---- batches ---------------------------------------------------------------------------------

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from decoding import PAD, State
 
+# The table of decoders, name → constructor, is at the end of this file.
+DecoderName = Literal["transformer"]
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of the language side."""
 
-    decoder: Literal["transformer"] = "transformer"
+    decoder: DecoderName = "transformer"
     """What writes the caption."""
     d_model: int = 256
     """Model width D."""

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, torchvis
 
 RESNET_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 INCEPTION_SKIPS = ("AuxLogits", "avgpool", "dropout", "fc")
-
-
-@dataclass(frozen=True)
-class EncoderConfig:
-    """What sees the picture."""
-
-    cnn_backbone: str = "resnet50"
-    """The CNN: resnet18/34/50/101/152, mobilenet_v2, mobilenet_v3_large, efficientnet_v2_s,
-    convnext_tiny, inception_v3 or tiny."""
-    cnn_weights: str = "default"
-    """default (torchvision's), IMAGENET1K_V1, a state-dict file (.pth or .safetensors), or none
-    (the whole CNN is trained from scratch)."""
-    img_size: int | None = None
-    """Side in pixels that images are resized to (default: the backbone's own)."""
-    finetune_cnn: bool = False
-    """Train the last stages of the CNN too."""
 
 
 class Backbone(NamedTuple):
@@ -76,6 +60,21 @@ BACKBONES: dict[str, Backbone] = {
     ),
     "tiny": Backbone(128, 64, (), pretrained=False),
 }
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """What sees the picture."""
+
+    cnn_backbone: Literal[tuple(BACKBONES)] = "resnet50"
+    """The CNN, without its classifier."""
+    cnn_weights: str = "default"
+    """default (torchvision's), IMAGENET1K_V1, a state-dict file (.pth or .safetensors), or none
+    (the whole CNN is trained from scratch)."""
+    img_size: int | None = None
+    """Side in pixels that images are resized to (default: the backbone's own)."""
+    finetune_cnn: bool = False
+    """Train the last stages of the CNN too."""
 
 
 def backbone(name: str) -> Backbone:

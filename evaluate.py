@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 import files
 import metrics
-from dataset import Record, leave_out, load_split
 from features import encode_images
 from inference import Captioner, DecodingConfig, decode, pick_device, spoken
+from layouts import DATASETS, SPLITS, Record, leave_out, load_split
 from model import CaptionModel
 
 log = logging.getLogger(__name__)
@@ -128,12 +128,12 @@ class Config:
     """A model file, or the folder of a run (default: the shipped model)."""
     captions: Path | None = None
     """Score the captions of this file (COCO results format) and use no model."""
-    dataset: str = "flickr8k"
-    """The dataset: see --help of train.py."""
+    dataset: Literal[tuple(DATASETS)] = "flickr8k"
+    """The dataset that the split is of."""
     data_dir: Path | None = None
     """Folder of the dataset's own files (default: data/DATASET)."""
-    split: str = "test"
-    """train, val or test."""
+    split: Literal[SPLITS] = "test"
+    """Which part of it."""
     split_seed: int = 0
     """Seed of the split where the dataset has none of its own."""
     limit: int | None = None

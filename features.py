@@ -20,9 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import files
-from dataset import Record, leave_out
 from encoder import TRANSFORM, Encoder, fingerprint, folded, image_transform
 from images import read_image
+from layouts import Record, leave_out
 
 SAVE_EVERY = 16  # batches between two notes of how far the extraction has come
 

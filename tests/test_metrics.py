@@ -247,8 +247,6 @@ def test_without_java_each_absent_score_has_its_reason(monkeypatch):
         "SPICE not computed",
     ]
     assert all("no java on the PATH" in reason for reason in reasons)
-    with pytest.warns(UserWarning, match="(METEOR|SPICE) not computed: no java"):
-        assert "METEOR" not in score({1: ["a dog"]}, {1: "a dog"}, java=True)
 
 
 def test_without_the_package_the_reason_says_how_to_install_it(monkeypatch):
