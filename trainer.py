@@ -74,6 +74,8 @@ class Trainer:
     Nothing is random but by (seed, step), so this state and the step are all a resumed run needs.
     """
 
+    COUNTS = ("step_number", "epoch", "batch", "words", "seconds", "rows")
+
     def __init__(self, model: CaptionModel, config: TrainConfig, total_steps: int):
         self.model, self.config, self.total_steps = model, config, total_steps
         self.device = next(model.parameters()).device
@@ -164,8 +166,6 @@ class Trainer:
             **{name: getattr(self, name) for name in self.COUNTS},
         }
 
-    COUNTS = ("step_number", "epoch", "batch", "words", "seconds", "rows")
-
     def frozen(self) -> bool:
         return self.model.encoder.trained == "none"
 
@@ -177,7 +177,11 @@ class Trainer:
                 f"{state['encoder']}; give the same --cnn-weights"
             )
         self.model.load_state_dict(state["weights"], strict=False)
+        # The command line may have changed learning rates and decay: they are not taken over.
+        groups = [{**group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(self.optimizer.param_groups, groups, strict=True):
+            group |= {"peak": own["peak"], "weight_decay": own["weight_decay"]}
         self.average = {name: value.to(self.device) for name, value in state["average"].items()}
         self.nll.fill_(state["nll"])
         for name in self.COUNTS:

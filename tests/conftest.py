@@ -1,0 +1,20 @@
+"""What all tests share: one thread of torch, and shapes trained once for the whole run."""
+
+import contextlib
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shapes_run(tmp_path_factory) -> SimpleNamespace:
+    """Train shapes with the README's own settings; `folder`, `data` and what was `said`."""
+    import train
+
+    base = tmp_path_factory.mktemp("shapes")
+    folder, data, said = base / "run", base / "data", io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train.main(["--dataset", "shapes", "--data-dir", str(data), "--output", str(folder)])
+    return SimpleNamespace(folder=Path(folder), data=Path(data), said=said.getvalue())

@@ -1,0 +1,123 @@
+"""The rules of the house: who may import whom, flags with help, commands that exist."""
+
+import ast
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# A module imports only from tiers above its own, or from rows above it in its own tier.
+TIERS = (
+    ("files", "decoding", "tokenizer", "images", "metrics", "plots", "shapes"),
+    ("download_data", "encoder", "decoder", "layouts", "dataset"),
+    ("model", "features"),
+    ("losses", "inference"),
+    ("evaluate",),
+    ("trainer", "train"),
+)
+ORDER = [module for tier in TIERS for module in tier]
+SCRIPTS = ("download_data", "train", "evaluate", "inference")
+STANDARD = set(sys.stdlib_module_names)
+LIBRARIES = {
+    "torch", "torchvision", "PIL", "numpy", "tqdm", "requests", "tyro", "safetensors", "filelock",
+    "matplotlib", "pycocoevalcap",
+}  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    """Return the top-level names that a module imports anywhere, inside functions too."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add((node.module or "").split(".")[0])
+    return names
+
+
+def test_every_module_has_its_row():
+    assert sorted(ORDER) == sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_from_rows_above_it(module):
+    ours = imported(ROOT / f"{module}.py") & set(ORDER)
+    assert ours <= set(ORDER[: ORDER.index(module)])
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_known_libraries(module):
+    assert imported(ROOT / f"{module}.py") <= STANDARD | LIBRARIES | set(ORDER)
+
+
+def test_only_the_encoder_names_torchvision():
+    users = {module for module in ORDER if "torchvision" in imported(ROOT / f"{module}.py")}
+    assert users == {"encoder"}
+
+
+def flags_without_help(path: Path) -> list[str]:
+    """Return the fields of configuration classes that no docstring follows."""
+    bare = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
+            continue
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            is_group = isinstance(field, ast.AnnAssign) and "Config" in ast.unparse(
+                field.annotation
+            )
+            if isinstance(field, ast.AnnAssign) and not is_group:
+                text = getattr(getattr(after, "value", None), "value", None)
+                if not (isinstance(text, str) and len(text.split()) >= 3):
+                    bare.append(f"{node.name}.{field.target.id}")
+    return bare
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_every_flag_has_help(module):
+    assert flags_without_help(ROOT / f"{module}.py") == []
+
+
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_every_script_prints_its_flags(module, capsys):
+    script = __import__(module)
+    with pytest.raises(SystemExit) as stop:
+        script.main(["--help"])
+    assert stop.value.code == 0
+    assert "--help" in capsys.readouterr().out
+
+
+def commands() -> list[list[str]]:
+    """Return the project's own commands in the README, as arguments."""
+    text = re.sub(r"\\\n\s*", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL))
+    lines = re.findall(r"python (?:{})\.py[^\n&|#]*".format("|".join(SCRIPTS)), blocks)
+    return [shlex.split(line)[1:] for line in lines]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_the_readmes_commands_parse(command, monkeypatch):
+    """Flags are read and found good; the work itself is stopped before it begins."""
+    script = __import__(command[0].removesuffix(".py"))
+
+    class ParsedError(Exception):
+        pass
+
+    original = script.files.parse
+
+    def parse(*args, **keywords):
+        original(*args, **keywords)
+        raise ParsedError
+
+    monkeypatch.setattr(script.files, "parse", parse)
+    with pytest.raises(ParsedError):
+        script.main(command[1:])
+
+
+def test_the_requirements_are_the_libraries_used():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
+    asked = {re.split(r"[<>=]", line)[0].lower() for line in lines}
+    used = {name.lower().replace("pil", "pillow") for name in LIBRARIES - {"pycocoevalcap"}}
+    assert asked == used

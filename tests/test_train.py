@@ -1,0 +1,340 @@
+"""Training end to end: what a run leaves behind, how it goes on, and how it says no."""
+
+import csv
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from scene_parser import is_true
+
+import files
+import inference
+import shapes
+import train
+from encoder import build_trunk
+from model import CaptionModel, read_checkpoint
+from trainer import TrainConfig, Trainer
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--dataset", "shapes", "--batch-size", "4", "--epochs", "2", "--d-model", "16",
+         "--n-head", "2", "--n-decode", "1", "--fc-dim", "32", "--seed", "3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    return shapes.draw(tmp_path_factory.mktemp("drawn"), train=24, val=8, test=8)
+
+
+@pytest.fixture(scope="module")
+def whole(drawn, tmp_path_factory) -> Path:
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.main([*SMALL, "--data-dir", str(drawn), "--output", str(folder)])
+    return folder
+
+
+def run_script(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run Python `code` with `arguments` in the project's folder."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """The weights, the average, the optimiser and the model file agree bit for bit."""
+    ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (first, second))
+    for part in ("weights", "average"):
+        assert ours[part].keys() == theirs[part].keys()
+        for name, tensor in ours[part].items():
+            assert torch.equal(tensor, theirs[part][name]), (part, name)
+    for index, state in ours["optimizer"]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, theirs["optimizer"]["state"][index][name])
+    ours, theirs = (load_file(folder / "best.safetensors") for folder in (first, second))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def losses(folder: Path) -> list[tuple[str, str, str]]:
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        return [(row["train_loss"], row["val_loss"], row["CIDEr"]) for row in csv.DictReader(file)]
+
+
+STOPPED = """
+    import os, signal, sys
+    import files, train, trainer
+    step = trainer.Trainer.step
+    def stopping(self, *batch):
+        step(self, *batch)
+        if self.step_number == 8:  # epochs have six steps: in the middle of the second
+            os.kill(os.getpid(), signal.{signal})
+    trainer.Trainer.step = stopping
+    files.run(lambda: train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", -9), ("SIGINT", 130), ("SIGTERM", 130)])
+def test_a_stopped_run_resumes_to_the_same_weights(name, code, drawn, whole, tmp_path):
+    folder = tmp_path / "run"
+    place = ["--data-dir", str(drawn), "--output", str(folder)]
+    stopped = run_script(STOPPED.format(signal=name), *SMALL, *place)
+    assert stopped.returncode == code, stopped.stderr
+    assert len(losses(folder)) == 1
+    train.main(["--resume", "--output", str(folder)])
+    assert_same_run(folder, whole)
+    assert losses(folder) == losses(whole)
+
+
+def test_a_run_leaves_the_files_that_are_promised(whole):
+    for name in ("config.json", "best.safetensors", "last.pt", "previous.pt", "scores.json"):
+        assert (whole / name).stat().st_size > 0
+    assert len(losses(whole)) == 2
+    for picture in ("learning_curve.png", "samples/epoch-01.png", "samples/test.png"):
+        assert Image.open(whole / picture).size[0] > 400
+    scores = json.loads((whole / "scores.json").read_text())
+    assert {"BLEU-4", "CIDEr", "ROUGE-L", "loss", "images"} <= scores["test"].keys()
+    assert not list(whole.glob(".*"))  # no temporary file is left
+
+
+def test_the_model_file_names_no_path_of_the_machine(whole, drawn):
+    about, _ = read_checkpoint(whole / "best.safetensors")
+    assert about["training"]["epochs"] == 2
+    assert str(drawn) not in json.dumps(about) and str(whole.parent) not in json.dumps(about)
+
+
+def test_the_same_seed_gives_the_same_run(drawn, whole, tmp_path):
+    folder = tmp_path / "again"
+    train.main([*SMALL, "--data-dir", str(drawn), "--output", str(folder)])
+    assert_same_run(folder, whole)
+
+
+def test_a_finished_run_resumed_trains_no_more(whole, tmp_path, drawn):
+    before = (whole / "last.pt").read_bytes()
+    train.main(["--resume", "--output", str(whole)])
+    assert (whole / "last.pt").read_bytes() == before
+
+
+def test_resume_refuses_another_width_and_names_both(whole):
+    with pytest.raises(ValueError, match=r"--d-model 32 differs from the run's 16"):
+        train.main(["--resume", "--output", str(whole), "--d-model", "32"])
+
+
+def test_resume_falls_back_to_the_state_before_a_damaged_one(drawn, whole, tmp_path, caplog):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("config.json", "previous.pt", "best.safetensors"):
+        (folder / name).write_bytes((whole / name).read_bytes())
+    (folder / "last.pt").write_bytes((whole / "last.pt").read_bytes()[:1000])
+    train.main(["--resume", "--output", str(folder)])
+    assert "last.pt can't be read" in caplog.text
+    assert_same_run(folder, whole)
+
+
+def test_resume_without_a_run_says_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        train.main(["--resume", "--output", str(tmp_path)])
+
+
+def test_a_new_run_never_takes_a_folder_in_use(whole, drawn):
+    before = (whole / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="holds a run already"):
+        train.main([*SMALL, "--data-dir", str(drawn), "--output", str(whole)])
+    assert (whole / "config.json").read_bytes() == before
+
+
+FULL_DISK = """
+    import resource, signal, sys
+    import files, train
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    original = train.save_state
+    def save(folder, state):
+        if state["epoch"] == 2:  # the disk fills after the first epoch
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
+        original(folder, state)
+    train.save_state = save
+    files.run(lambda: train.main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_one_line_and_the_old_state_stays(drawn, whole, tmp_path):
+    folder = tmp_path / "run"
+    place = ["--data-dir", str(drawn), "--output", str(folder)]
+    full = run_script(FULL_DISK, *SMALL, *place)
+    errors = [line for line in full.stderr.splitlines() if line.startswith("error:")]
+    assert full.returncode == 2, full.stderr
+    assert len(errors) == 1 and "last.pt" in errors[0] and "Traceback" not in full.stderr
+    assert not list(folder.glob(".*"))
+    assert torch.load(folder / "last.pt", weights_only=True)["epoch"] == 1
+    train.main(["--resume", "--output", str(folder)])
+    assert_same_run(folder, whole)
+
+
+def test_no_dataset_is_one_clear_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no dataset at .*nowhere"):
+        train.main(["--data-dir", str(tmp_path / "nowhere"), "--output", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def flickr8k(folder: Path, drawn: Path, lists: tuple[str, ...]) -> Path:
+    """Lay the drawn pictures out as official Flickr8k, with only some of its split lists."""
+    (folder / "Flickr8k_text").mkdir(parents=True)
+    (folder / "Flicker8k_Dataset").symlink_to(drawn / "images")
+    images = files.read_json(drawn / "captions.json")["images"]
+    lines = [
+        f"{image['filename']}#{number}\t{sentence['raw']} ."
+        for image in images
+        for number, sentence in enumerate(image["sentences"])
+    ]
+    (folder / "Flickr8k_text/Flickr8k.token.txt").write_text("\n".join(lines))
+    for name in lists:
+        split = {"dev": "val"}.get(name, name)
+        names = [image["filename"] for image in images if image["split"] == split]
+        (folder / f"Flickr8k_text/Flickr_8k.{name}Images.txt").write_text("\n".join(names))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory) -> Path:
+    """A ResNet-18 state dict with random weights."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.manual_seed(0)
+    torch.save(build_trunk("resnet18").state_dict(), path)
+    return path
+
+
+RESNET = ["--cnn-backbone", "resnet18", "--img-size", "64", "--epochs", "1", "--d-model", "16",
+          "--n-head", "2", "--n-decode", "1", "--fc-dim", "32", "--min-count", "1"]  # fmt: skip
+
+
+def train_resnet(resnet: Path, data: Path, tmp_path: Path, *more: str) -> dict[str, torch.Tensor]:
+    place = ["--data-dir", str(data), "--output", str(tmp_path / "run")]
+    cache = ["--cache-dir", str(tmp_path / "cache"), "--cnn-weights", str(resnet)]
+    train.main([*RESNET, *place, *cache, *more])
+    return CaptionModel.load(tmp_path / "run").encoder.cnn.state_dict()
+
+
+def test_a_frozen_cnn_stays_as_it_was_and_is_cached(resnet, drawn, tmp_path):
+    data = flickr8k(tmp_path / "data", drawn, ("train", "dev"))
+    after = train_resnet(resnet, data, tmp_path)
+    before = torch.load(resnet, weights_only=True)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 2
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert not any(name.startswith("encoder.") for name in state["weights"])
+    assert "test" not in json.loads((tmp_path / "run/scores.json").read_text())
+
+
+def test_finetuning_changes_the_last_stages_and_nothing_else(resnet, drawn, tmp_path):
+    data = flickr8k(tmp_path / "data", drawn, ("train", "dev"))
+    after = train_resnet(resnet, data, tmp_path, "--finetune-cnn", "--limit", "8")
+    before = torch.load(resnet, weights_only=True)
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert changed and all(name.startswith(("layer3.", "layer4.")) for name in changed)
+    assert not any("running" in name for name in changed)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_without_val_and_test_trains_and_says_so(resnet, drawn, tmp_path, caplog):
+    data = flickr8k(tmp_path / "data", drawn, ("train",))
+    train_resnet(resnet, data, tmp_path)
+    assert "no val scores" in caplog.text and "no test scores" in caplog.text
+    assert losses(tmp_path / "run")[0][1:] == ("", "")
+
+
+def test_resume_with_other_cnn_weights_is_refused(resnet, drawn, tmp_path):
+    data = flickr8k(tmp_path / "data", drawn, ("train",))
+    train_resnet(resnet, data, tmp_path)
+    torch.manual_seed(1)
+    torch.save(build_trunk("resnet18").state_dict(), tmp_path / "other.pth")
+    again = ["--resume", "--output", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match="the CNN's weights are .* but the run began with"):
+        train.main([*again, "--cnn-weights", str(tmp_path / "other.pth")])
+
+
+def tiny_trainer(**changes) -> Trainer:
+    from dataset import Vocabulary
+    from decoder import DecoderConfig
+    from encoder import Encoder
+
+    sizes = DecoderConfig(d_model=8, n_head=2, n_decode=1, fc_dim=8, dropout=0.0, seq_len=4)
+    torch.manual_seed(0)
+    model = CaptionModel(Encoder("tiny", "all"), sizes, Vocabulary(["a", "b"]), 64)
+    return Trainer(model, TrainConfig(**changes), total_steps=100)
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing():
+    trainer = tiny_trainer(warmup=0.1)
+    rates = []
+    for trainer.step_number in range(100):
+        rates.append(trainer.rate())
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+BATCH = (torch.rand(2, 3, 64, 64), torch.tensor([[1, 4, 5, 2], [1, 5, 2, 0]]), torch.arange(2))
+
+
+def test_without_an_average_the_weights_themselves_are_lent():
+    trainer = tiny_trainer(ema=0.0)
+    trainer.step(*BATCH)
+    for name, tensor in trainer.model.learned():
+        assert torch.equal(trainer.average[name], tensor)
+
+
+def test_the_average_follows_its_formula_and_is_lent_and_given_back():
+    trainer = tiny_trainer(ema=0.9)
+    expected = {name: tensor.clone() for name, tensor in trainer.average.items()}
+    for step in range(3):
+        trainer.step(*BATCH)
+        decay = min(0.9, (2 + step) / (11 + step))
+        for name, tensor in trainer.model.learned():
+            if tensor.is_floating_point():
+                expected[name] = decay * expected[name] + (1 - decay) * tensor
+    own = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with trainer.averaged() as model:
+        name = "decoder.embedding.weight"
+        torch.testing.assert_close(model.state_dict()[name], expected[name])
+        assert not model.training
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, own[name])
+
+
+def test_patience_counts_epochs_since_the_best():
+    trainer = tiny_trainer(patience=2)
+    for scores, over in (([0.1, 0.3, 0.2], False), ([0.3, 0.2, 0.1], True), ([], False)):
+        trainer.rows = [{"CIDEr": score} for score in scores]
+        assert trainer.patience_is_over() == over
+
+
+def test_every_learning_parameter_is_in_one_group_and_vectors_do_not_decay():
+    trainer = tiny_trainer()
+    grouped = [each for group in trainer.optimizer.param_groups for each in group["params"]]
+    assert len(grouped) == len(list(trainer.model.parameters()))
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert (group["weight_decay"] > 0) == (parameter.dim() > 1)
+
+
+def test_shapes_captions_are_true_of_their_pictures(shapes_run):
+    images = files.read_json(shapes_run.data / "captions.json")["images"]
+    test = [image for image in images if image["split"] == "test"]
+    paths = [shapes_run.data / "images" / image["filename"] for image in test]
+    captions = inference.caption(paths, checkpoint=shapes_run.folder)
+    true = sum(is_true(text, image["scene"]) for text, image in zip(captions, test, strict=True))
+    assert len(test) == 500
+    assert true / len(test) >= 0.95
+
+
+def test_shapes_training_says_its_scores_and_captions(shapes_run):
+    assert "CIDEr" in shapes_run.said and "test_00000.png: " in shapes_run.said
+    assert json.loads((shapes_run.folder / "scores.json").read_text())["test"]["CIDEr"] > 1
