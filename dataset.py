@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,7 +37,7 @@ __all__ = [
     "load_split",
 ]
 
-SIDES = re.compile(r"\b(?:left|right)(?:most|ward|wards)?\b", re.IGNORECASE)
+SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand(?:ed)?|side)?\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,36 @@ class DataConfig:
     workers: int = 2
     """Processes that read images."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("min_count", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if not 0 < self.train_fraction <= 1:
+            raise ValueError(
+                f"--train-fraction {self.train_fraction} must be above 0 and at most 1"
+            )
+
 
 # ---- words -----------------------------------------------------------------------------------
 
 
 class _Letters(dict):
-    """Maps a character to itself if it can be in a word, apostrophes to ', the rest to a space."""
+    """Maps a character to itself if it can be in a word, apostrophes to ', the rest to a space.
+
+    Invisible characters that shape a word (joiners, soft hyphens, direction marks) go without a
+    trace; the zero-width space parts words.
+    """
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
-        is_part = unicodedata.category(char)[0] in "LMN"
-        self[code] = "'" if char in "'’ʼ" else char if is_part else " "
+        category = unicodedata.category(char)
+        if char in "'’ʼ":
+            self[code] = "'"
+        elif category == "Cf" and char != "\u200b":
+            self[code] = ""
+        else:
+            self[code] = char if category[0] in "LMN" else " "
         return self[code]
 
 
@@ -149,9 +168,10 @@ class Vocabulary:
     def load(cls, path: str | Path) -> "Vocabulary":
         """Return the vocabulary that `save` wrote; ValueError where the file is another thing."""
         value = files.read_json(path)
-        if not isinstance(value, dict) or not isinstance(value.get("words"), list):
-            raise ValueError(f'{path} is not a vocabulary: expected {{"words": [...]}}')
-        return cls(value["words"])
+        known = value.get("words") if isinstance(value, dict) else None
+        if not isinstance(known, list) or not all(isinstance(word, str) for word in known):
+            raise ValueError(f'{path} is not a vocabulary: expected {{"words": ["a", …]}}')
+        return cls(known)
 
 
 # ---- batches ---------------------------------------------------------------------------------
@@ -171,13 +191,14 @@ class Batch(NamedTuple):
     references: list[list[str]]
 
 
-@dataclass
+@dataclass(eq=False)
 class CaptionDataset(Dataset):
     """Records as (image id, input, token lists, captions).
 
-    The input comes from `features` (anything with `get(image_id, view)` and `views`) where given,
-    else from the image file through `transform`. With `flip`, half of the images, drawn anew
-    each epoch, are mirrored, but none whose captions speak of left or right.
+    The input comes from `features` (anything with `get(image_id)`) where given, else from the
+    image file through `transform`. With `flip`, half of the images, drawn anew each epoch, are
+    mirrored, but none whose captions speak of left or right. Without `vocabulary` there are no
+    tokens.
     """
 
     records: Sequence[Record]
@@ -197,14 +218,15 @@ class CaptionDataset(Dataset):
         tokens = []
         if self.vocabulary is not None:
             tokens = [self.vocabulary.encode(line, self.seq_len) for line in record.captions]
-        return record.image_id, self._input(record, index), tokens, list(record.captions)
+        return record.image_id, self._input(record), tokens, list(record.captions)
 
-    def _input(self, record: Record, index: int) -> Tensor:
+    def _input(self, record: Record) -> Tensor:
         if self.features is not None:
             return self.features.get(record.image_id)
         # Augmentation depends on nothing but (seed, epoch, image): not on workers, not on resume.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(mix(self.seed, self.epoch, index))
+            # Not torch.manual_seed: it would seed the GPU too, which fork_rng leaves alone here.
+            torch.default_generator.manual_seed(mix(self.seed, self.epoch, record.image_id))
             pixels = self.transform(read_image(record.path))
             mirrored = self.flip and torch.rand(()) < 0.5
         if mirrored and not any(SIDES.search(line) for line in record.captions):
@@ -212,9 +234,9 @@ class CaptionDataset(Dataset):
         return pixels
 
 
-def mix(*numbers: int) -> int:
-    """Return a seed that depends on all of `numbers` and looks like no other."""
-    digest = hashlib.sha256("/".join(map(str, numbers)).encode()).digest()
+def mix(*parts: int | str) -> int:
+    """Return a seed that depends on all of `parts` and looks like no other."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")
 
 
@@ -222,7 +244,9 @@ def collate_fn(items: Sequence[tuple]) -> Batch:
     """Return the batch of `items`: inputs stacked, captions padded to the longest of the batch."""
     image_ids, inputs, tokens, references = zip(*items, strict=True)
     rows = [torch.tensor(caption) for captions in tokens for caption in captions]
-    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    padded = torch.empty(0, 0, dtype=torch.int64)
+    if rows:
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     counts = torch.tensor([len(captions) for captions in tokens])
     owner = torch.arange(len(items)).repeat_interleave(counts)
     return Batch(list(image_ids), torch.stack(inputs), padded, owner, list(references))
@@ -244,15 +268,16 @@ def get_loader(
     at the start, which is how an interrupted epoch goes on. Every image is used: the last batch
     may be smaller.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} must be at least 1")
     order = list(range(len(dataset)))
     if shuffle:
         random.Random(mix(seed, epoch)).shuffle(order)
-    dataset.epoch = epoch
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][skip:]
     return DataLoader(
-        dataset,
-        batch_sampler=batches[skip:],
+        replace(dataset, epoch=epoch),  # its own: a loader of another epoch may still be in use
+        batch_sampler=batches,
         collate_fn=collate_fn,
-        num_workers=workers,
+        num_workers=min(workers, len(batches)),
         pin_memory=torch.cuda.is_available(),
     )

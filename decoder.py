@@ -7,7 +7,6 @@ Each decoder in `DECODERS` offers the same four: `remember` (features → memory
 `forward` (teacher forcing), `start` and `step` (one word at a time, state handed along).
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -86,7 +85,7 @@ class Layout:
         """Return packed `words` (N, D) laid on a grid (rows, columns, D), zeros elsewhere."""
         (rows, columns), index = grid
         empty = words.new_zeros(rows * columns, words.shape[-1])
-        return empty.index_copy(0, index, words).view(rows, columns, -1)
+        return empty.index_copy(0, index, words).view(rows, columns, words.shape[-1])
 
     @staticmethod
     def pack(spread: Tensor, grid: tuple[tuple[int, int], Tensor]) -> Tensor:
@@ -130,7 +129,7 @@ class Block(nn.Module):
         return split_heads(key, self.heads), split_heads(value, self.heads)
 
     def forward(self, x: Tensor, layout: Layout, image: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the next layer's packed words (N, D)."""
+        """Return the next layer's packed words (N, D); `image` are its keys and values."""
         qkv = layout.spread(self.qkv(self.norm_self(x)), layout.by_caption)  # (M, T, 3D)
         query, key, value = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         # Padding comes last in a row, so the causal mask hides it from every word.
@@ -149,7 +148,7 @@ class Block(nn.Module):
         """Return the next layer's word (B, K, D), and keys and values (B, K, H, t+1, E)."""
         qkv = self.qkv(self.norm_self(x))[..., None, :]  # (B, K, 1, 3D)
         query, key, value = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
-        key, value = (torch.cat([old, new], -2) for old, new in zip(past, (key, value)))  # noqa: B905
+        key, value = torch.cat([past[0], key], -2), torch.cat([past[1], value], -2)
         heard = F.scaled_dot_product_attention(query, key, value)  # (B, K, H, 1, E)
         x = x + self.self_out(join_heads(heard)[..., 0, :])
 
@@ -168,7 +167,8 @@ class Transformer(nn.Module):
         self.heads = config.n_head
         self.project = nn.Linear(channels, width)
         self.norm_image = nn.LayerNorm(width)
-        self.image_position = nn.Parameter(0.02 * torch.randn(positions, width))
+        # Large beside the words' 0.02: where a thing is must be plain before what it is is known.
+        self.image_position = nn.Parameter(0.5 * torch.randn(positions, width))
         self.embedding = nn.Embedding(vocabulary, width)
         nn.init.normal_(self.embedding.weight, std=width**-0.5)
         self.word_position = nn.Parameter(0.02 * torch.randn(config.seq_len + 1, width))
@@ -177,13 +177,23 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def remember(self, features: Tensor) -> Tensor:
-        """Return memory (B, S, D) of features (B, S, C): the image projected once."""
+        """Return memory (B, S, D) of features (B, S, C): the image projected once.
+
+        Raises ValueError where S or C is not what the decoder was built for.
+        """
+        expected = len(self.image_position), self.project.in_features
+        if features.shape[1:] != expected:
+            raise ValueError(
+                f"features have (positions, channels) {tuple(features.shape[1:])}, but the decoder "
+                f"was built for {expected}; use the image size and CNN it was trained with"
+            )
         memory = self.norm_image(self.project(features)) + self.image_position
         return self.dropout(memory)
 
     def embed(self, tokens: Tensor, position: Tensor | int) -> Tensor:
-        scale = math.sqrt(self.embedding.embedding_dim)
-        return self.dropout(self.embedding(tokens) * scale + self.word_position[position])
+        """Return the first layer's words (…, D) of `tokens` (…) at their places in the caption."""
+        # Not scaled by the root of D: the tied output would begin by repeating the word read.
+        return self.dropout(self.embedding(tokens) + self.word_position[position])
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, D) -> (…, V)"""
@@ -192,12 +202,17 @@ class Transformer(nn.Module):
     def forward(self, memory: Tensor, tokens: Tensor, owner: Tensor) -> Taught:
         """Return logits (M, T-1, V) of `tokens` (M, T) by teacher forcing.
 
-        `memory` (B, S, D); `owner` (M,) the image of each caption. Only words are worked on:
-        logits at padding are zero.
+        `memory` (B, S, D); `owner` (M,) the image of each caption, in any order. Only words are
+        worked on: logits at padding are zero. Raises ValueError on captions that are too long.
         """
         inputs, real = tokens[:, :-1], tokens[:, 1:] != PAD
+        limit = len(self.word_position)
+        if inputs.shape[1] > limit and real[:, limit:].any():
+            raise ValueError(
+                f"a caption is longer than the decoder's {limit - 1} words (--seq-len)"
+            )
         layout = Layout(real, owner, len(memory))
-        x = self.embed(inputs[real], layout.position)
+        x = self.embed(inputs[layout.caption, layout.position], layout.position)
         for block in self.blocks:
             x = block(x, layout, block.look(memory))
         return Taught(layout.spread(self.logits(x), layout.by_caption))

@@ -17,6 +17,9 @@ from torch import Tensor
 # The four special tokens have these ids in every vocabulary.
 PAD, START, END, UNK = range(4)
 NEVER = (PAD, START, UNK)
+# An end that the model holds impossible is given this log-probability where nothing else may be
+# said: low enough to lose against anything, finite so that sums of it keep their order.
+LAST_RESORT = -1e4
 
 
 class State(NamedTuple):
@@ -59,20 +62,23 @@ class Decoded(NamedTuple):
     """Captions, the best of an image first.
 
     `tokens` (B, n, T) without the start token, with the end token, then padding; `log_prob`
-    (B, n) is the model's own natural-log probability of the caption, end token included.
+    (B, n) is the model's own natural-log probability of the caption, end token included. Where
+    fewer than n captions are possible, the rest is padding with minus infinity.
     """
 
     tokens: Tensor
     log_prob: Tensor
 
 
+@torch.no_grad()
 def greedy(
     decoder: Steps, memory: Any, *, max_words: int, min_words: int = 1, no_repeat_ngram: int = 0
 ) -> Decoded:
     """Return one caption an image (B, 1, T): the most probable word each time.
 
-    `max_words` bounds a caption's words (the end token is not one); `no_repeat_ngram` forbids any
-    run of that many words to come twice (0: off).
+    `max_words` and `min_words` bound a caption's words (the end token is not one);
+    `no_repeat_ngram` forbids any run of that many words to come twice (0: off). A caption with no
+    word left to say ends, though it be too short. Raises ValueError on bounds out of range.
     """
 
     def most_probable(log_probs: Tensor) -> Tensor:
@@ -81,6 +87,7 @@ def greedy(
     return _roll(decoder, memory, 1, most_probable, max_words, min_words, no_repeat_ngram)
 
 
+@torch.no_grad()
 def sample(
     decoder: Steps,
     memory: Any,
@@ -97,17 +104,22 @@ def sample(
     """Return `n` captions an image (B, n, T) drawn word by word, in the order drawn.
 
     `top_k` keeps the k most probable words (0: all), `top_p` the fewest words whose probabilities
-    reach that sum (nucleus sampling, arXiv 1904.09751). `log_prob` stays the model's own.
-    Raises ValueError on a temperature or top_p out of range.
+    reach that sum (nucleus sampling, arXiv 1904.09751), both of the tempered distribution.
+    `log_prob` stays the model's own; the bounds are `greedy`'s. Raises ValueError on a setting out
+    of range.
     """
-    if temperature <= 0 or not 0 < top_p <= 1:
+    if not 0 < temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature {temperature} must be above 0 and top-p {top_p} in (0, 1]; "
             "use the greedy method for the most probable words"
         )
+    if n < 1 or top_k < 0:
+        raise ValueError(f"n {n} must be at least 1 and top-k {top_k} at least 0 (0: all words)")
 
     def draw(log_probs: Tensor) -> Tensor:
-        logits = filter_words(log_probs / temperature, top_k, top_p)
+        # The best at 0, so that no temperature sends all of them to minus infinity.
+        logits = (log_probs - log_probs.amax(-1, keepdim=True)) / temperature
+        logits = filter_words(logits, top_k, top_p)
         flat = logits.softmax(-1).flatten(0, 1)
         return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:2])
 
@@ -115,16 +127,18 @@ def sample(
 
 
 def filter_words(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Return `logits` (…, V) with words outside the top k and the top-p nucleus at -infinity."""
+    """Return `logits` (…, V) with words outside the top k and the top-p nucleus at -infinity.
+
+    The nucleus is that of the k words left. Of equal words as many stay as are wanted, no more.
+    """
     if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
+        best, where = logits.topk(top_k, dim=-1)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, where, best)
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probability = ordered.softmax(-1)
-        before = probability.cumsum(-1) - probability
-        outside = (before >= top_p).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(outside, -math.inf)
+        outside = probability.cumsum(-1) - probability >= top_p  # the first is always inside
+        logits = logits.scatter(-1, order, ordered.masked_fill(outside, -math.inf))
     return logits
 
 
@@ -137,7 +151,11 @@ def _roll(
     min_words: int,
     no_repeat_ngram: int,
 ) -> Decoded:
-    """Extend `n` independent captions an image by `choose`, until all have ended."""
+    """Extend `n` independent captions an image by `choose`, until all have ended.
+
+    `choose` picks a word (B, K) of log-probabilities (B, K, V), minus infinity where forbidden.
+    """
+    _check(max_words, min_words, no_repeat_ngram)
     state = decoder.start(memory)
     images, device = _size(state)
     tokens = torch.full((images, n, max_words + 1), PAD, device=device)
@@ -148,12 +166,12 @@ def _roll(
         log_probs, state = decoder.step(token, state)
         if position == 0:
             state = state.reorder(torch.zeros(len(alive), n, dtype=torch.long, device=device))
-            log_probs = log_probs.expand(-1, n, -1)
+            log_probs = log_probs.expand(-1, n, -1)  # (B, 1, V) -> (B, n, V)
         said = tokens[alive, :, :position]
         allowed = _allow(log_probs, said, position, max_words, min_words, no_repeat_ngram)
         ended = (said == END).any(-1)
         token = choose(allowed).masked_fill(ended, PAD)
-        gain = log_probs.gather(-1, token[..., None])[..., 0].masked_fill(ended, 0)
+        gain = allowed.gather(-1, token[..., None])[..., 0].masked_fill(ended, 0)
         tokens[alive, :, position] = token
         log_prob[alive] += gain
         growing = ~((token == END) | ended).all(-1)
@@ -165,6 +183,7 @@ def _roll(
     return Decoded(_trim(tokens), log_prob)
 
 
+@torch.no_grad()
 def beam_search(
     decoder: Steps,
     memory: Any,
@@ -179,11 +198,23 @@ def beam_search(
     """Return the `n` best captions an image (B, n, T) found with `beam_size` beams.
 
     Captions are ranked by log-probability / T ** `length_penalty`: 0 is the probability itself
-    (short captions win), 1 the mean over the words. A caption of `max_words` words must end, so
-    there is always one to return. Raises ValueError where `n` is above `beam_size`.
+    (short captions win), 1 the mean over the words. One beam is the greedy method, whatever the
+    penalty. A caption of `max_words` words must end, so there is always one to return; the bounds
+    are `greedy`'s. Raises ValueError on a setting out of range.
     """
     if not 1 <= n <= beam_size:
         raise ValueError(f"n {n} must be between 1 and the beam size, {beam_size}")
+    if beam_size == 1:
+        # Below, an end is noted even where K words are likelier. That finds better captions (+0.003
+        # CIDEr on 500 images of Flickr8k), but with one beam it would not be greedy.
+        return greedy(
+            decoder,
+            memory,
+            max_words=max_words,
+            min_words=min_words,
+            no_repeat_ngram=no_repeat_ngram,
+        )
+    _check(max_words, min_words, no_repeat_ngram)
     state = decoder.start(memory)
     images, device = _size(state)
     results = Decoded(
@@ -206,12 +237,12 @@ def beam_search(
         rows = torch.arange(len(alive), device=device)[:, None]
         grown = torch.cat([said[rows, parents], words[..., None]], dim=-1)
         ends = words == END
-        ended = ended.add(grown, best.masked_fill(~ends, -math.inf), position + 1, length_penalty)
+        length = position + 1
+        ended = ended.add(grown, best.masked_fill(~ends, -math.inf), length, length_penalty)
 
         total, chosen = best.masked_fill(ends, -math.inf).topk(min(beam_size, best.shape[1]), dim=1)
-        # No growing beam can still enter the list: its score only falls at this length.
-        hopeless = total[:, 0] / (position + 1) ** length_penalty <= ended.score[:, -1]
-        done = hopeless | (total[:, 0] == -math.inf) | (position == max_words)
+        hopeless = _hopeless(total[:, 0], ended.score, n, length, max_words + 1, length_penalty)
+        done = hopeless | (position == max_words)
         if done.any():
             leaving = alive[done]
             results.tokens[leaving] = ended.tokens[done, :n]
@@ -224,7 +255,24 @@ def beam_search(
         rows = torch.arange(len(alive), device=device)[:, None]
         said, token = grown[rows, chosen], grown[rows, chosen][..., -1]
         state = state.reorder(parents.gather(1, chosen))
-    return Decoded(_trim(results.tokens), results.log_prob)
+    missing = results.log_prob[..., None] == -math.inf
+    return Decoded(_trim(results.tokens.masked_fill(missing, PAD)), results.log_prob)
+
+
+def _hopeless(
+    best: Tensor, scores: Tensor, n: int, length: int, longest: int, penalty: float
+) -> Tensor:
+    """Return for each image (B,) whether its search may stop.
+
+    `best` (B,) is the log-probability of the best growing beam, of `length` words, minus infinity
+    where none grows; `scores` (B, K) are the complete captions', best first.
+    """
+    # A beam's log-probability can only fall. With a penalty its score may still rise, to this:
+    bound = torch.maximum(best / longest**penalty, best / (length + 1) ** penalty)
+    beaten = bound <= scores[:, n - 1]
+    # Waiting for that takes a third longer and gives no better captions (Flickr8k, K = 5, penalty
+    # 0.7), so K captions suffice that all beat the best beam as it is now.
+    return beaten | (best / length**penalty <= scores[:, -1])
 
 
 class _Ended(NamedTuple):
@@ -267,12 +315,12 @@ def _allow(
     no_repeat_ngram: int,
 ) -> Tensor:
     """Return `log_probs` (B, K, V) with the words that may not come next at minus infinity."""
-    allowed = log_probs.clone()
+    allowed = log_probs.to(torch.float32, copy=True)
     if position >= max_words:
         allowed[..., :END] = -math.inf
         allowed[..., END + 1 :] = -math.inf
-        return allowed
-    allowed[..., list(NEVER)] = -math.inf
+    for word in NEVER:  # not by a list, which would have to travel to the GPU
+        allowed[..., word] = -math.inf
     if position < min_words:
         allowed[..., END] = -math.inf
     if no_repeat_ngram and position >= no_repeat_ngram:
@@ -280,11 +328,22 @@ def _allow(
         windows = said.unfold(-1, no_repeat_ngram, 1)  # (B, K, windows, n)
         suffix = said[..., None, position - no_repeat_ngram + 1 :]
         repeats = (windows[..., :-1] == suffix).all(-1)
-        # END is exempt, so a beam with every word forbidden can still end.
-        repeats &= windows[..., -1] != END
-        penalty = torch.zeros_like(repeats, dtype=allowed.dtype).masked_fill(repeats, -math.inf)
-        allowed = allowed.scatter_reduce(-1, windows[..., -1], penalty, "amin")
+        ceiling = torch.full_like(repeats, math.inf, dtype=allowed.dtype)
+        ceiling = ceiling.masked_fill(repeats, -math.inf)
+        allowed = allowed.scatter_reduce(-1, windows[..., -1], ceiling, "amin")
+    # Where no word is left, the caption ends.
+    stuck = (allowed == -math.inf).all(-1)
+    end = log_probs[..., END].float().clamp(min=LAST_RESORT)
+    allowed[..., END] = torch.where(stuck, end, allowed[..., END])
     return allowed
+
+
+def _check(max_words: int, min_words: int, no_repeat_ngram: int) -> None:
+    """Raise ValueError where the bounds of a caption are out of range."""
+    if not 1 <= min_words <= max_words:
+        raise ValueError(f"min words {min_words} must be between 1 and max words, {max_words}")
+    if no_repeat_ngram < 0:
+        raise ValueError(f"no-repeat n-gram {no_repeat_ngram} must be at least 0 (0: off)")
 
 
 def _size(state: State) -> tuple[int, torch.device]:

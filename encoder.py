@@ -5,7 +5,10 @@ B images · S image positions · C backbone channels · (B, 3, H, W) → (B, S, 
 The only file that names torchvision's models. A backbone is one row in `BACKBONES`.
 """
 
+import copy
 import hashlib
+import http.client
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, torchvision's own
+TRANSFORM = "squash-bilinear-imagenet"  # names the evaluation transform in caches and checkpoints
+LEAST_SIZE = 32  # pixels a side: most CNNs halve the picture five times
 
 RESNET_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 INCEPTION_SKIPS = ("AuxLogits", "avgpool", "dropout", "fc")
@@ -24,7 +29,8 @@ INCEPTION_SKIPS = ("AuxLogits", "avgpool", "dropout", "fc")
 class Backbone(NamedTuple):
     """A row of the table: channels C, default image size, the last stages that fine-tuning trains.
 
-    `layers` picks the trunk's modules from torchvision's model; none: the trunk is `features`.
+    Sizes are sides in pixels; below `least_size` the CNN runs out of picture. `layers` picks the
+    trunk's modules from torchvision's model; none: the trunk is `features`.
     """
 
     channels: int
@@ -32,6 +38,7 @@ class Backbone(NamedTuple):
     last_stages: tuple[str, ...]
     layers: Callable[[str], bool] = lambda name: name == "features"
     pretrained: bool = True
+    least_size: int = LEAST_SIZE
 
 
 def _resnet(channels: int) -> Backbone:
@@ -57,8 +64,9 @@ BACKBONES: dict[str, Backbone] = {
         299,
         ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
         lambda name: name not in INCEPTION_SKIPS,
+        least_size=75,  # its convolutions have no padding
     ),
-    "tiny": Backbone(128, 64, (), pretrained=False),
+    "tiny": Backbone(128, 64, ("conv3", "bn3", "conv4", "bn4"), pretrained=False),
 }
 
 
@@ -75,6 +83,14 @@ class EncoderConfig:
     """Side in pixels that images are resized to (default: the backbone's own)."""
     finetune_cnn: bool = False
     """Train the last stages of the CNN too."""
+
+    def __post_init__(self) -> None:
+        least = backbone(self.cnn_backbone).least_size
+        if self.img_size is not None and self.img_size < least:
+            raise ValueError(
+                f"--img-size {self.img_size} is too small for {self.cnn_backbone}; use at least "
+                f"{least}"
+            )
 
 
 def backbone(name: str) -> Backbone:
@@ -146,6 +162,7 @@ class Encoder(nn.Module):
         return self.trained == "all"
 
     def train(self, mode: bool = True) -> "Encoder":
+        """Return the encoder itself, in training mode only if all of it is trained."""
         return super().train(mode and self.trained == "all")
 
     def forward(self, images: Tensor) -> Tensor:
@@ -160,14 +177,12 @@ def build_encoder(name: str, weights: str | Path, *, finetune: bool | None = Non
     `finetune` None means: the whole CNN is trained where weights are none, else it is frozen.
     Raises ValueError for frozen random features, and where name or weights don't fit.
     """
-    row, from_scratch = backbone(name), str(weights) == "none"
+    from_scratch = str(weights) == "none"
     if from_scratch and finetune is False:
         raise ValueError(
             "frozen random features teach a decoder nothing: give --cnn-weights, or let the CNN "
             "be trained"
         )
-    if not row.pretrained and not from_scratch and str(weights) in ("default",):
-        raise ValueError(f"backbone {name!r} has no published weights; use --cnn-weights none")
     trained = "all" if from_scratch else "last" if finetune else "none"
     encoder = Encoder(name, trained)
     if not from_scratch:
@@ -178,7 +193,8 @@ def build_encoder(name: str, weights: str | Path, *, finetune: bool | None = Non
 def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
     """Fill `cnn` from torchvision's named weights or a state-dict file, with or without classifier.
 
-    Raises ValueError naming the first entry that is missing or has another shape.
+    Raises ValueError naming the first entry that is missing, has another shape, holds infinity or
+    NaN, or belongs to a larger CNN.
     """
     source, state = read_weights(name, weights)
     wanted = cnn.state_dict()
@@ -192,42 +208,59 @@ def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
                 f"{source} does not fit {name}: {key} has shape {tuple(state[key].shape)}, "
                 f"expected {tuple(tensor.shape)}"
             )
+        if not state[key].isfinite().all():
+            raise ValueError(
+                f"{source} is damaged: {key} holds infinity or NaN (float16 ends at 65,504; keep "
+                "BatchNorm's statistics in float32)"
+            )
+    # A resnet18 would fit into the entries of a resnet34: what is left over must be a classifier.
+    stages = {part for part, _ in cnn.named_children()}
+    for key in state.keys() - wanted.keys():
+        if key.split(".")[0] in stages:
+            raise ValueError(f"{source} is not a {name} state dict: {name} has no {key}")
     cnn.load_state_dict({key: state[key].to(wanted[key].dtype) for key in wanted})
 
 
 def read_weights(name: str, weights: str | Path) -> tuple[str, dict[str, Tensor]]:
     """Return a word for the source of the weights, and the state dict."""
-    if Path(weights).suffix or Path(weights).exists():
-        return str(weights), read_state_dict(Path(weights))
     import torchvision
 
-    published = torchvision.models.get_model_weights(name)
-    key = "DEFAULT" if weights == "default" else str(weights)
-    if key not in published.__members__:
+    word, path, published = str(weights), Path(weights).expanduser(), {}
+    if backbone(name).pretrained:
+        published = torchvision.models.get_model_weights(name).__members__
+    chosen = published.get("DEFAULT" if word == "default" else word)
+    if chosen is not None:
+        return fetch_weights(chosen)
+    if path.suffix or path.is_file():
+        return word, read_state_dict(path)
+    if not published:
         raise ValueError(
-            f"weights {weights!r} are not known for {name}; choose from default, none, "
-            f"{', '.join(published.__members__)}, or the path of a state dict"
+            f"backbone {name!r} has no published weights; use --cnn-weights none, or the path of "
+            "a state dict"
         )
-    return fetch_weights(published[key])
+    raise ValueError(
+        f"weights {word!r} are not known for {name}; choose from default, none, "
+        f"{', '.join(key for key in published if key != 'DEFAULT')}, or the path of a state dict"
+    )
 
 
 def fetch_weights(published: Any) -> tuple[str, dict[str, Tensor]]:
     """Return torchvision's weights, downloaded into torch's cache unless they are there."""
     place = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
+    if place.is_file():
+        return str(place), read_state_dict(place)
     try:
-        return place.name, published.get_state_dict(progress=True, check_hash=True)
-    except (OSError, RuntimeError) as error:
+        state = published.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise FileNotFoundError(
             f"the weights {place.name} could not be downloaded ({error}); get {published.url} and "
             f"put it at {place}, or give its path with --cnn-weights"
         ) from error
+    return place.name, state
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors file, or of a .pth file read with weights_only."""
-    import pickle
-
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not path.is_file():
@@ -236,9 +269,12 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a readable state dict ({reason})") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"holds {found[1]}, not tensors alone" if found else "is damaged, or another thing"
+        raise ValueError(f"{path} is not a readable state dict: it {what}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} is not a state dict: expected names and tensors only")
     return state
@@ -258,34 +294,43 @@ def folded(encoder: Encoder) -> Encoder:
     """Return a copy for inference only, BatchNorm folded into the convolutions before it."""
     from torch.fx.experimental.optimization import fuse
 
-    copy = Encoder(encoder.name).to(next(encoder.parameters()).device)
-    copy.load_state_dict(encoder.state_dict())
-    copy.cnn = fuse(copy.eval().cnn)
-    return copy.to(memory_format=torch.channels_last)
+    light = copy.deepcopy(encoder).requires_grad_(False)
+    light.trained = "none"  # its BatchNorms are gone: it must never go back to training
+    light.cnn = fuse(light.eval().cnn, inplace=True)
+    return light.to(memory_format=torch.channels_last)
 
 
 class Resize(nn.Module):
     """A PIL image → (3, H, W) normalised pixels, squashed to a square of `size` pixels.
 
-    With `crop`, a random part (at least 80 % of the area, nearly square) is enlarged instead:
-    large enough that captions stay true.
+    With `crop`, a random part (at least 80 % of the area, nearly of the image's own shape) is
+    taken first: large enough that captions stay true.
     """
 
     def __init__(self, size: int, crop: bool = False):
         super().__init__()
         from torchvision.transforms import v2
 
-        first = v2.RandomResizedCrop(size, (0.8, 1.0), (0.9, 1.1), antialias=True)
-        self.size = size
-        self.steps = v2.Compose([
-            first if crop else v2.Resize((size, size), antialias=True),
+        self.size, self.crop = size, crop
+        self.normalise = v2.Compose([
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(MEAN, STD),
         ])  # fmt: skip
 
     def forward(self, image: Any) -> Tensor:
-        return self.steps(image)
+        return self.normalise(self.resize(image))
+
+    def resize(self, image: Any) -> Any:
+        """Return the PIL image, or a random part of it, at the size wanted."""
+        from torchvision.transforms import v2
+
+        if not self.crop:
+            return v2.functional.resize(image, [self.size, self.size], antialias=True)
+        # Relative to the image's own shape: a square of 80 % does not fit into a 3:2 photograph.
+        shape = image.width / image.height
+        ratio = (0.9 * shape, 1.1 * shape)
+        return v2.RandomResizedCrop(self.size, (0.8, 1.0), ratio, antialias=True)(image)
 
 
 def image_transform(img_size: int, *, train: bool) -> Callable[[Any], Tensor]:
@@ -294,9 +339,6 @@ def image_transform(img_size: int, *, train: bool) -> Callable[[Any], Tensor]:
     The aspect ratio is given up and nothing is cut off; with `train` a random crop is taken.
     Mirroring is the dataset's: it must know the captions.
     """
-    if img_size < 32:
-        raise ValueError(f"image size {img_size} is too small; use at least 32")
+    if img_size < LEAST_SIZE:
+        raise ValueError(f"image size {img_size} is too small; use at least {LEAST_SIZE}")
     return Resize(img_size, crop=train)
-
-
-TRANSFORM = "squash-bilinear-imagenet"  # names the evaluation transform in caches and checkpoints

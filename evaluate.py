@@ -4,7 +4,9 @@ B images · S image positions · C backbone channels
 """
 
 import logging
+import os
 import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,11 +19,13 @@ from tqdm import tqdm
 import files
 import metrics
 from features import encode_images
-from inference import Captioner, DecodingConfig, decode, pick_device, spoken
+from inference import Captioner, DecodingConfig, decode, spoken
 from layouts import DATASETS, SPLITS, Record, leave_out, load_split
 from model import CaptionModel
 
 log = logging.getLogger(__name__)
+
+EXAMPLE_ROW = '{"image_id": …, "caption": "…"}'
 
 
 def split_features(
@@ -68,8 +72,9 @@ def caption_split(
     device = next(model.parameters()).device
     with tqdm(total=total, desc="captioning", unit=" images", disable=None, leave=False) as bar:
         for image_ids, batch in features:
+            keys = [zlib.crc32(os.fsencode(str(image_id))) for image_id in image_ids]
             with torch.inference_mode():
-                decoded = decode(model, model.remember(batch.to(device)), decoding)
+                decoded = decode(model, model.remember(batch.to(device)), decoding, keys=keys)
             texts = (each[0].text for each in spoken(model, decoded))
             captions.update(zip(image_ids, texts, strict=True))
             bar.update(len(image_ids))
@@ -94,27 +99,37 @@ def score_captions(
 
 
 def read_captions(path: Path) -> dict[str, str]:
-    """Return image id → caption from a COCO results file: [{"image_id": …, "caption": …}, …]."""
-    value = files.read_json(path)
-    try:
-        captions = {row["image_id"]: row["caption"] for row in value}
-    except (TypeError, KeyError, IndexError) as error:
-        captions = None
-        reason = error
-    if captions is None or not all(isinstance(text, str) for text in captions.values()):
-        said = f" ({reason!r})" if captions is None else ""
-        raise ValueError(
-            f"{path} is not a captions file: expected a JSON list of "
-            f'{{"image_id": …, "caption": "…"}}{said}'
-        )
-    if len(captions) < len(value):
-        raise ValueError(
-            f"{path} has {len(value)} captions of {len(captions)} images; expected one an image"
-        )
+    """Return image id → caption from a COCO results file: [{"image_id": …, "caption": …}, …].
+
+    Ids are text here, whether the file has numbers (COCO) or names (Flickr). Raises ValueError
+    where the file is another thing, and where an image comes twice.
+    """
+    rows = files.read_json(path)
+    expected = f"{path} is not a captions file: expected a JSON list of {EXAMPLE_ROW}"
+    if not isinstance(rows, list):
+        raise ValueError(f"{expected}, not a {type(rows).__name__}")
+    captions: dict[str, str] = {}
+    for number, row in enumerate(rows, 1):
+        if not is_caption(row):
+            raise ValueError(f"{expected}; entry {number} is {repr(row)[:60]}")
+        if str(row["image_id"]) in captions:
+            raise ValueError(
+                f"{path} has two captions of image {row['image_id']!r}; expected one an image"
+            )
+        captions[str(row["image_id"])] = row["caption"]
     return captions
 
 
-def captions_json(captions: Mapping[str, str]) -> list[dict[str, str]]:
+def is_caption(row: Any) -> bool:
+    """Return whether `row` is an entry of a COCO results file."""
+    return (
+        isinstance(row, dict)
+        and isinstance(row.get("image_id"), (str, int))
+        and isinstance(row.get("caption"), str)
+    )
+
+
+def captions_json(captions: Mapping[Any, str]) -> list[dict[str, Any]]:
     """Return `captions` in COCO's results format."""
     return [{"image_id": name, "caption": text} for name, text in captions.items()]
 
@@ -151,16 +166,26 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
 
-def evaluate(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the report (scores, split, image count, decoding settings) and the captions."""
-    records = load_split(config.dataset, config.data_dir, config.split, config.split_seed)
-    records = records[: config.limit]
+
+def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
+    """Return the report (scores, split, image count, decoding settings) and the captions.
+
+    The captions go by the ids of the split's records.
+    """
+    every = load_split(config.dataset, config.data_dir, config.split, config.split_seed)
+    used = len(every) if config.limit is None else config.limit
+    records = every[:used]
     if config.captions:
-        captions: Mapping[Any, str] = read_captions(config.captions)
+        captions = by_own_ids(read_captions(config.captions), records, every[used:])
         how: dict[str, Any] = {"captions": config.captions.name}
     else:
-        captioner = Captioner.load(config.checkpoint, pick_device(config.device))
+        captioner = Captioner.load(config.checkpoint, config.device)
         features = split_features(
             captioner.model, records, batch_size=config.batch_size, workers=config.workers
         )
@@ -169,7 +194,16 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[str, str]]:
         how = {"decoding": asdict(config.decoding)}
     scores = score_captions(records, captions, java=config.java)
     about = {"dataset": config.dataset, "split": config.split, "images": len(records)}
-    return {**scores, **about, **how}, dict(captions)
+    return {**scores, **about, **how}, captions
+
+
+def by_own_ids(
+    captions: Mapping[str, str], records: Sequence[Record], skipped: Sequence[Record]
+) -> dict[Any, str]:
+    """Return `captions` by the ids of `records`, without those of the `skipped` records."""
+    own = {str(record.image_id): record.image_id for record in records}
+    dropped = {str(record.image_id) for record in skipped}
+    return {own.get(name, name): text for name, text in captions.items() if name not in dropped}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -177,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     config = files.parse(
         Config, argv, program="evaluate.py", description="Caption a split and score the captions."
     )
+    files.check_writable(config.json, config.captions_json)
     report, captions = evaluate(config)
     print(f"{config.dataset} {config.split}, {report['images']} images")
     print_scores(report)

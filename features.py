@@ -7,7 +7,9 @@ made it. A killed extraction goes on where it stopped; two processes that want t
 build it once.
 """
 
+import errno
 import hashlib
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +24,7 @@ from tqdm import tqdm
 import files
 from encoder import TRANSFORM, Encoder, fingerprint, folded, image_transform
 from images import read_image
-from layouts import Record, leave_out
+from layouts import MAX_LEFT_OUT, UNREADABLE, Record, leave_out
 
 SAVE_EVERY = 16  # batches between two notes of how far the extraction has come
 
@@ -30,13 +32,18 @@ SAVE_EVERY = 16  # batches between two notes of how far the extraction has come
 class FeatureCache:
     """Features by image id, read from disk as they are asked for.
 
-    Raises ValueError where the file beside it says that something else made it.
+    Raises ValueError where the file beside it says that something else made it, and where a file
+    is damaged.
     """
 
     def __init__(self, path: Path, expected: dict[str, Any] | None = None):
         """`path` is the .npy file; `expected` what its description must say, entry by entry."""
         self.path = path
         self.description = files.read_json(path.with_suffix(".json"))
+        if not isinstance(self.description, dict) or not {"image_ids", "left_out"} <= set(
+            self.description
+        ):
+            raise ValueError(f"{path.with_suffix('.json')} does not describe a feature cache")
         for key, wanted in (expected or {}).items():
             found = self.description.get(key)
             if found != wanted:
@@ -44,13 +51,21 @@ class FeatureCache:
                     f"the feature cache {path} has {key} {_short(found)}, but {_short(wanted)} is "
                     "wanted; delete it, or use another --cache-dir"
                 )
-        self.array = np.load(path, mmap_mode="r")
+        try:
+            self.array = np.load(path, mmap_mode="r")
+        except ValueError as error:
+            raise ValueError(
+                f"the feature cache {path} is damaged ({error}); delete it to have it made anew"
+            ) from error
         left_out = set(self.description["left_out"])
         self.rows = {
             image_id: row
             for row, image_id in enumerate(self.description["image_ids"])
             if image_id not in left_out
         }
+
+    def __reduce__(self) -> tuple:
+        return FeatureCache, (self.path,)  # a worker process maps the file itself, not a copy
 
     def __contains__(self, image_id: str) -> bool:
         return image_id in self.rows
@@ -85,21 +100,22 @@ def cached_features(
     The file is called `name` and a digest of what makes it, so a cache of other weights, sizes or
     images can lie beside it. Raises ValueError when over 1 % of the images cannot be read.
     """
+    if not records:
+        raise ValueError(f"there are no images to encode for {name}")
     description = describe(records, encoder, img_size)
     key = _digest(repr(sorted(description.items())))[:10]
     path = folder / f"{name}-{encoder.name}-{img_size}-{key}.npy"
     with files.lock(path.with_suffix(".lock")):
-        if not path.with_suffix(".json").exists():
+        if not (path.exists() and path.with_suffix(".json").exists()):
             _extract(records, encoder, path, description, device, batch_size, workers)
     cache = FeatureCache(path, description)
-    lost = cache.description["left_out"]
-    leave_out(lost, len(records), "can't be read")
+    leave_out(cache.description["left_out"], len(records), "can't be read")
     return cache
 
 
 def describe(records: Sequence[Record], encoder: Encoder, img_size: int) -> dict[str, Any]:
     """Return what a cache of these images by this encoder must say of itself."""
-    files_seen = [f"{record.image_id} {record.path.stat().st_size}" for record in records]
+    files_seen = [f"{record.image_id} {_size(record.path)}" for record in records]
     return {
         "backbone": encoder.name,
         "weights": fingerprint(encoder),
@@ -111,6 +127,14 @@ def describe(records: Sequence[Record], encoder: Encoder, img_size: int) -> dict
     }
 
 
+def _size(path: Path) -> int:
+    """Return the bytes of a file, -1 where it is gone (a link that leads nowhere)."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
 def _extract(
     records: Sequence[Record],
     encoder: Encoder,
@@ -120,15 +144,14 @@ def _extract(
     batch_size: int,
     workers: int,
 ) -> None:
-    """Fill the cache at `path`; on return the .npy is complete and the .json says so."""
+    """Fill the cache at `path`; on return the .npy is complete and the .json says so.
+
+    Until then features are in a .part file, and .progress says how many of its rows are good.
+    """
     part, progress = path.with_suffix(".part"), path.with_suffix(".progress")
-    done, lost = 0, []
-    if part.exists() and progress.exists():
-        noted = files.read_json(progress)
-        done, lost = noted["done"], noted["left_out"]
-    array = None
-    if done:
-        array = np.lib.format.open_memmap(part, mode="r+")
+    if path.exists():  # killed just before its .json was written, or somebody deleted that
+        path.replace(part)
+    array, done, lost = _resumed(part, progress)
     bar = tqdm(total=len(records), initial=done, desc=path.stem, unit=" images", disable=None)
     batches = encode_images(
         records[done:], encoder, description["img_size"], device, batch_size, workers
@@ -141,17 +164,35 @@ def _extract(
             lost += unread
             done += len(features)
             bar.update(len(features))
-            if number % SAVE_EVERY == 0:
+            if len(lost) > MAX_LEFT_OUT * len(records):
+                del array
+                _discard(part, progress)
+                leave_out(lost, len(records), "can't be read")
+            if number % SAVE_EVERY == 0 or done == len(records):
                 array.flush()
                 files.write_json(progress, {"done": done, "left_out": lost})
-    array.flush()
     del array
     part.replace(path)
     files.write_json(path.with_suffix(".json"), {**description, "left_out": lost})
-    progress.unlink(missing_ok=True)
+    _discard(progress)
+
+
+def _resumed(part: Path, progress: Path) -> tuple[np.ndarray | None, int, list[str]]:
+    """Return the array of an extraction that was stopped, its good rows, and the ids left out."""
+    if not (part.exists() and progress.exists()):
+        _discard(part, progress)  # one without the other is worth nothing
+        return None, 0, []
+    noted = files.read_json(progress)
+    return np.lib.format.open_memmap(part, mode="r+"), noted["done"], noted["left_out"]
+
+
+def _discard(*paths: Path) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """Return a new .npy file as an array; OSError where the disk has no room for it."""
     needed = 2 * int(np.prod(shape))
     free = shutil.disk_usage(path.parent).free
     if needed > free:
@@ -159,7 +200,18 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
             f"the feature cache {path} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
             "free; make room or give --cache-dir on another disk"
         )
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    # A mapped file has no blocks until it is written to; a disk that is full by then would end
+    # the process with a bus error.
+    if hasattr(os, "posix_fallocate"):
+        try:
+            with open(path, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                path.unlink()
+                raise OSError(error.errno, error.strerror, str(path)) from error
+    return array
 
 
 def encode_images(
@@ -181,16 +233,17 @@ def encode_images(
         collate_fn=_stack,
     )
     encoder = folded(encoder).to(device)
-    with torch.inference_mode():
-        for images, unread in loader:
+    for images, unread in loader:
+        with torch.no_grad():  # not around the yield: it would reach into the caller
             features = encoder(images.to(device, non_blocking=True))
-            features[[row for row, image_id in enumerate(unread) if image_id]] = 0
-            # float16 ends at 65,504; beyond it lies infinity.
-            yield features.clamp(-65504, 65504).half(), [name for name in unread if name]
+        lost = [row for row, image_id in enumerate(unread) if image_id is not None]
+        features[lost] = 0
+        # float16 ends at 65,504; beyond it lies infinity.
+        yield features.clamp(-65504, 65504).half(), [unread[row] for row in lost]
 
 
 class _Pixels(Dataset):
-    """Records as pixels (3, H, W); where one can't be read, black pixels and its id."""
+    """Records as pixels (3, H, W) and None; where one can't be read, grey pixels and its id."""
 
     def __init__(self, records: Sequence[Record], img_size: int):
         self.records, self.img_size = records, img_size
@@ -199,14 +252,14 @@ class _Pixels(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
+    def __getitem__(self, index: int) -> tuple[Tensor, str | None]:
         record = self.records[index]
         try:
-            return self.transform(read_image(record.path)), ""
-        except (ValueError, FileNotFoundError):
+            return self.transform(read_image(record.path)), None
+        except UNREADABLE:
             return torch.zeros(3, self.img_size, self.img_size), record.image_id
 
 
-def _stack(items: Sequence[tuple[Tensor, str]]) -> tuple[Tensor, list[str]]:
+def _stack(items: Sequence[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str | None]]:
     pixels, unread = zip(*items, strict=True)
     return torch.stack(pixels), list(unread)

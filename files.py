@@ -5,9 +5,12 @@ either the old file or the new one, never half of one.
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
+import re
+import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,30 +23,86 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it is fsynced and renamed to `path`.
 
     On any exception the temporary file is removed and `path` stays as it was. Folders that are
-    missing are made. The temporary name keeps the suffix, which some writers choose a format by.
+    missing are made, links are followed, and the file keeps its mode. The temporary name keeps the
+    suffix, which some writers choose a format by. Devices and pipes (/dev/stdout) can't be
+    replaced: they are yielded themselves.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    check_writable(path)
+    if is_special(Path(path)):
+        yield Path(path)
+        return
+    target, temporary = Path(os.path.realpath(path)), None
     try:
+        temporary = temporary_file(target)
         yield temporary
-        # mkstemp makes files private, and writers that rename do as they like: restore the usual
-        # mode (a umask can be read only by setting it).
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         with open(temporary, "rb+") as file:
+            temporary.chmod(usual_mode(target))
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        os.replace(temporary, target)
+        sync_folder(target.parent)
     except OSError as error:
-        if error.filename in (None, str(temporary)) and error.errno:  # a full disk names no file
-            raise OSError(error.errno, f"cannot write ({error.strerror})", str(path)) from error
+        # A full disk names no file, and the temporary name would tell nobody anything.
+        if error.errno and error.filename in (None, str(target), str(temporary)):
+            raise write_error(error.errno, path) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def check_writable(*paths: str | Path | None) -> None:
+    """Raise OSError where a path can't be written, before hours of work go into what it is for.
+
+    None stands for a file that nobody asked for. Nothing is made.
+    """
+    for path in filter(None, paths):
+        obstacle = find_obstacle(Path(path).absolute())
+        if obstacle:
+            raise write_error(obstacle, path)
+
+
+def find_obstacle(path: Path) -> int:
+    """Return the errno that writing to `path` would meet for certain, else 0."""
+    if path.is_dir():
+        return errno.EISDIR
+    place = path
+    if not is_special(path):
+        place = next(folder for folder in path.parents if folder.exists())
+        if not place.is_dir():
+            return errno.ENOTDIR
+    return 0 if os.access(place, os.W_OK) else errno.EACCES
+
+
+def write_error(number: int, path: str | Path) -> OSError:
+    """Return the error that says why `path` can't be written."""
+    return OSError(number, f"cannot write ({os.strerror(number)})", str(path))
+
+
+def is_special(path: Path) -> bool:
+    """Return whether `path` is there but no regular file: a device, a pipe."""
+    return path.exists() and not path.is_file()
+
+
+def temporary_file(target: Path) -> Path:
+    """Return a new empty file beside `target`, whose folder is made where it is missing."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=f".{target.stem[:40]}-", suffix=target.suffix, dir=target.parent
+        )
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(target)) from error
+    os.close(handle)
+    return Path(name)
+
+
+def usual_mode(target: Path) -> int:
+    """Return the permissions `target` has, or a new file would get: mkstemp's are private."""
+    if target.exists():
+        return stat.S_IMODE(target.stat().st_mode)
+    umask = os.umask(0)  # it can be read only by setting it
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def sync_folder(folder: Path) -> None:
@@ -70,14 +129,16 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` to `path` as readable JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    # File names may hold bytes that are no text (lone surrogates): "\udcff" is also JSON's escape.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: str | Path) -> Any:
     """Return what the JSON file holds; a file that is not JSON is a ValueError that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file ({error})") from error
 
 
@@ -121,9 +182,16 @@ def parse(
 
 
 def unframed(box: str) -> str:
-    """Return tyro's framed message as one line, without its title."""
-    lines = [line.strip(" │|─╰╯") for line in box.splitlines() if not line.startswith("╭")]
-    return " ".join(line for line in lines if line)
+    """Return tyro's framed message as one line, without its title.
+
+    Where the terminal has no UTF-8 there is no frame, and the title is what precedes a first rule.
+    """
+    lines = [line.strip(" │") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    parts = re.split(r"^[─-]{4,}$", "\n".join(lines), flags=re.MULTILINE)
+    if "╭" not in box:
+        parts = parts[1:] or parts
+    said = "; ".join(" ".join(part.split()) for part in parts if part.strip())
+    return re.sub(r"^Error parsing \w+: ", "", said)  # the name of a dataclass: no user knows it
 
 
 def fail(message: str) -> int:
@@ -133,17 +201,29 @@ def fail(message: str) -> int:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Run a script's `main` and exit: 0, or 2 with one line for a user's mistake or a full disk."""
+    """Run a script's `main`; exit with 2 and one line for a user's mistake or a full disk."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without é gets \xe9, not an error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()  # here, where a failure can still be told
+    except BrokenPipeError:  # `… | head`: the reader has what it wanted
+        give_up_output()
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # `… | head`: the reader has what it wanted
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
+        give_up_output()
         sys.exit(fail(explain(error)))
     except KeyboardInterrupt:
+        give_up_output()
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def give_up_output() -> None:
+    """Flush stdout; if that fails, send the rest nowhere, lest Python complain at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def explain(error: BaseException) -> str:

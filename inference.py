@@ -4,7 +4,10 @@ B images · S image positions · T words · n captions an image
 """
 
 import functools
+import math
 import sys
+import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
@@ -15,10 +18,11 @@ import torch
 from torch import Tensor
 
 import files
-from decoding import Decoded, beam_search, greedy, sample
+from dataset import mix
+from decoding import PAD, Decoded, beam_search, greedy, sample
 from encoder import image_transform
 from images import list_images, read_image
-from model import CaptionModel
+from model import CaptionModel, checkpoint_file
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
 
@@ -44,15 +48,18 @@ class DecodingConfig:
     top_p: float = 1.0
     """Sampling: draw from the fewest words that hold this share of the probability."""
     seed: int = 0
-    """Sampling: the same seed gives the same captions."""
+    """Sampling: the same seed gives an image the same captions."""
 
     def __post_init__(self) -> None:
         if self.method not in ("beam", "greedy", "sample"):
             raise ValueError(
                 f"method {self.method!r} is not known; choose from beam, greedy, sample"
             )
-        if self.beam_size < 1:
-            raise ValueError(f"beam size {self.beam_size} must be at least 1")
+        least = {"beam_size": 1, "no_repeat_ngram": 0, "max_words": 1, "top_k": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise ValueError(f"{name.replace('_', ' ')} {value} must be at least {low}")
 
 
 class Caption(NamedTuple):
@@ -63,23 +70,43 @@ class Caption(NamedTuple):
 
 
 def pick_device(device: torch.device | str) -> torch.device:
-    """Return the device named; "auto" is the GPU where there is one, else the CPU."""
-    if str(device) != "auto":
-        return torch.device(device)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """Return the device named; "auto" is the GPU where there is one, else the CPU.
+
+    Raises ValueError for a name that torch does not know, and for a device that is not there.
+    """
+    if str(device) == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"device {str(device)!r} can't be used ({reason}); choose from auto, cpu, cuda, "
+            "cuda:1, mps"
+        ) from error
 
 
-def decode(model: CaptionModel, memory: Tensor, config: DecodingConfig, n: int = 1) -> Decoded:
+def decode(
+    model: CaptionModel,
+    memory: Tensor,
+    config: DecodingConfig,
+    n: int = 1,
+    keys: Sequence[int] | None = None,
+) -> Decoded:
     """Return `n` captions an image as tokens (B, n, T), decoded from `memory` (B, S, D).
 
-    Raises ValueError for more words than the model has positions for, or more beams than asked.
+    Beam search widens to `n` beams. `keys` (one an image; default: the places in the batch) are
+    what sampling derives an image's chance from, beside the seed. Raises ValueError for more words
+    than the model has positions for, and for more than one greedy caption.
     """
     longest = model.config.seq_len
-    max_words = config.max_words or longest
-    if not 1 <= max_words <= longest:
+    max_words = longest if config.max_words is None else config.max_words
+    if max_words > longest:
         raise ValueError(f"max words {max_words} must be between 1 and the model's {longest}")
+    if n < 1:
+        raise ValueError(f"n {n} must be at least 1: the number of captions an image")
     limits = {"max_words": max_words, "no_repeat_ngram": config.no_repeat_ngram}
     if config.method == "beam":
         width = max(config.beam_size, n)
@@ -91,24 +118,40 @@ def decode(model: CaptionModel, memory: Tensor, config: DecodingConfig, n: int =
         if n > 1:
             raise ValueError("the greedy method has one caption an image; use beam or sample")
         return greedy(model.decoder, memory, **limits)
-    return sample(
-        model.decoder,
-        memory,
-        n=n,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        generator=torch.Generator(memory.device).manual_seed(config.seed),
-        **limits,
-    )
+    chances = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+    # One image at a time, each with a generator of its own: its words are then the same whatever
+    # else is in the batch.
+    drawn = [
+        sample(
+            model.decoder,
+            memory[row : row + 1],
+            n=n,
+            generator=torch.Generator(memory.device).manual_seed(mix(config.seed, key)),
+            **chances,
+            **limits,
+        )
+        for row, key in enumerate(range(len(memory)) if keys is None else keys)
+    ]
+    return together(drawn)
+
+
+def together(parts: Sequence[Decoded]) -> Decoded:
+    """Return the captions of several batches as one: (B, n, T), T the longest of any."""
+    length = max(part.tokens.shape[-1] for part in parts)
+    tokens = [
+        torch.nn.functional.pad(part.tokens, (0, length - part.tokens.shape[-1]), value=PAD)
+        for part in parts
+    ]
+    return Decoded(torch.cat(tokens), torch.cat([part.log_prob for part in parts]))
 
 
 def spoken(model: CaptionModel, decoded: Decoded) -> list[list[Caption]]:
-    """Return the captions of each image as text."""
+    """Return the captions of each image as text; fewer than n where no more are possible."""
     return [
         [
-            Caption(model.vocabulary.decode(tokens), float(log_prob))
-            for tokens, log_prob in zip(rows, scores, strict=True)
+            Caption(model.vocabulary.decode(tokens), log_prob)
+            for tokens, log_prob in zip(rows, scores.tolist(), strict=True)
+            if log_prob != -math.inf
         ]
         for rows, scores in zip(decoded.tokens.cpu(), decoded.log_prob.cpu(), strict=True)
     ]
@@ -160,19 +203,26 @@ class Captioner:
     def caption_many(
         self, images: Iterable[Any], *, n: int = 1, batch_size: int = 16, **decoding: Any
     ) -> Iterator[list[Caption]]:
-        """Yield the `n` best captions of each picture, in order, reading as it goes."""
+        """Yield the `n` best captions of each picture, in order, reading as it goes.
+
+        Raises ValueError or OSError at a picture that can't be read.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size} must be at least 1")
         config = replace(self.decoding, **decoding)
         device = next(self.model.parameters()).device
         images = iter(images)
         while batch := [self.transform(read_image(image)) for image in islice(images, batch_size)]:
+            # Sampling goes by the pixels: a picture has its words alone as in any list.
+            keys = [zlib.crc32(pixels.contiguous().numpy()) for pixels in batch]
             with torch.inference_mode():
                 memory = self.model.remember(torch.stack(batch).to(device))
-                decoded = decode(self.model, memory, config, n)
+                decoded = decode(self.model, memory, config, n, keys)
             yield from spoken(self.model, decoded)
 
 
 @functools.lru_cache(maxsize=2)
-def _captioner(checkpoint: Path | None, changed: float, device: str) -> Captioner:
+def _captioner(checkpoint: Path | None, version: tuple[int, ...], device: str) -> Captioner:
     return Captioner.load(checkpoint, device)
 
 
@@ -190,12 +240,12 @@ def caption(
 
     `n` > 1 gives the list of the n best; a list of images gives a list of those. `checkpoint` is
     a model file or a run's folder (default: the shipped model); `decoding` are further fields of
-    `DecodingConfig`. The model stays loaded between calls.
+    `DecodingConfig`. The model stays loaded between calls, until its file changes.
     """
-    from model import checkpoint_file
-
     path = checkpoint_file(checkpoint).resolve() if checkpoint is not None else None
-    captioner = _captioner(path, path.stat().st_mtime if path else 0.0, device)
+    about = path.stat() if path else None
+    version = (about.st_mtime_ns, about.st_size, about.st_ino) if about else ()
+    captioner = _captioner(path, version, str(device))
     settings = {"method": method, "beam_size": beam_size, **decoding}
     many = list(image) if isinstance(image, (list, tuple)) else [image]
     found = [
@@ -228,29 +278,56 @@ def main(argv: list[str] | None = None) -> None:
 
     flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
     config = files.parse(flags, argv, program="inference.py", description="Caption pictures.")
+    files.check_writable(config.json)
     photos = find_photos(config.photos)
     captioner = Captioner.load(config.checkpoint, config.device, **asdict(config.decoding))
-    rows, failed = [], []
-    for photo in photos:
-        try:
-            captions = captioner.candidates(photo, n=config.n)
-        except (ValueError, FileNotFoundError) as error:
-            if len(photos) == 1:
-                raise
-            failed.append(photo)
-            print(f"left out: {files.explain(error)}", file=sys.stderr)
-            continue
+    named = len(photos) > 1 or config.photos[0].is_dir()
+    rows: list[dict[str, Any]] = []
+    errors: list[Exception] = []
+    for photo, captions in caption_files(captioner, photos, config.n, errors):
         for each in captions:
-            print(each.text if len(photos) == 1 else f"{photo}\t{each.text}", flush=True)
+            print(f"{photo}\t{each.text}" if named else each.text, flush=True)
         rows.append({"image": str(photo), "captions": [each._asdict() for each in captions]})
-    if config.json:
+    if config.json and rows:
         files.write_json(config.json, rows)
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(photos)} pictures could not be captioned")
+    if errors and len(photos) == 1:
+        raise errors[0]
+    for error in errors:
+        print(f"left out: {files.explain(error)}", file=sys.stderr)
+    if errors:
+        raise ValueError(f"{len(errors)} of {len(photos)} pictures could not be captioned")
+
+
+def caption_files(
+    captioner: Captioner, photos: Iterable[Path], n: int, errors: list[Exception]
+) -> Iterator[tuple[Path, list[Caption]]]:
+    """Yield each picture with its captions; for one that can't be read, `errors` gets the reason.
+
+    Only reading is forgiven: settings that are wrong for one picture are wrong for all.
+    """
+    waiting: deque[Path] = deque()
+
+    def read() -> Iterator[Any]:
+        for photo in photos:
+            try:
+                image = read_image(photo)
+            except (ValueError, OSError) as error:
+                errors.append(error)
+            else:
+                waiting.append(photo)
+                yield image
+
+    for captions in captioner.caption_many(read(), n=n):
+        yield waiting.popleft(), captions
 
 
 def find_photos(places: Sequence[Path]) -> list[Path]:
-    """Return the pictures named, folders replaced by what they hold; an empty one is an error."""
+    """Return the pictures named, folders replaced by what they hold.
+
+    Raises ValueError where a folder holds none, and where nothing is named.
+    """
+    if not places:
+        raise ValueError("no picture was named; give files or folders: python inference.py PHOTO")
     found: list[Path] = []
     for place in places:
         inside = list_images(place) if place.is_dir() else [place]

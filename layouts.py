@@ -6,6 +6,7 @@ one row in `DATASETS`.
 
 import csv
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +24,9 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 MAX_LEFT_OUT = 0.01  # of a split's images may be missing or unreadable
+# What `read_image` raises for a file of its own fault; a failing disk or network drive is not left
+# out but stops the work.
+UNREADABLE = (ValueError, FileNotFoundError, PermissionError)
 
 
 class Record(NamedTuple):
@@ -54,7 +58,7 @@ def readable(records: Sequence[Record]) -> list[Record]:
     def reads(record: Record) -> bool:
         try:
             read_image(record.path)
-        except (ValueError, FileNotFoundError):
+        except UNREADABLE:
             return False
         return True
 
@@ -64,6 +68,7 @@ def readable(records: Sequence[Record]) -> list[Record]:
                 pool.map(reads, records),
                 total=len(records),
                 desc="checking images",
+                unit=" images",
                 disable=None,
                 leave=False,
             )
@@ -96,12 +101,17 @@ def read_flickr8k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
             "or give --data-dir"
         )
     captions = read_token_file(token) if token.name != "captions.txt" else read_csv_file(token)
+    if not captions:
+        raise ValueError(f"{token} holds no captions")
     if any(lists.values()):
-        if not lists[split]:
-            raise _missing_split(root, split, [name for name, path in lists.items() if path])
-        names = lists[split].read_text(encoding="utf-8").split()
+        names = _names(lists[split]) if lists[split] else []
+        others = [name for name, path in lists.items() if path and name != split]
     else:
-        names = split_by_image(captions, split_seed)[split]
+        splits = split_by_image(captions, split_seed)
+        names = splits[split]
+        others = [name for name, part in splits.items() if part]
+    if not names:
+        raise _missing_split(root, split, others)
     return _records(names, captions, folders, root, split)
 
 
@@ -112,18 +122,19 @@ def _folders(root: Path) -> list[Path]:
             f"no dataset at {root}: there is no such folder; run python download_data.py or give "
             "--data-dir, the folder that holds the dataset's files"
         )
-    found = [root]
-    for level in (root, *_subfolders(root)):
-        found += [folder for folder in _subfolders(level) if folder not in found]
-    return found
+    inside = _subfolders(root)
+    return [root, *inside, *(deeper for folder in inside for deeper in _subfolders(folder))]
 
 
 def _subfolders(folder: Path) -> list[Path]:
+    """Return the folders in `folder` that may be read: a disk's lost+found is none of ours."""
     with os.scandir(folder) as entries:
         return sorted(
             Path(entry.path)
             for entry in entries
-            if not entry.name.startswith((".", "__MACOSX")) and entry.is_dir()
+            if not entry.name.startswith((".", "__MACOSX"))
+            and entry.is_dir()
+            and os.access(entry.path, os.R_OK | os.X_OK)
         )
 
 
@@ -140,7 +151,7 @@ def _missing_split(root: Path, split: str, present: Sequence[str]) -> SplitMissi
 def read_token_file(path: Path) -> dict[str, list[str]]:
     """Return image name → captions from lines `name.jpg#0<TAB>caption`."""
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         key, tab, caption = line.partition("\t")
@@ -157,22 +168,34 @@ def read_token_file(path: Path) -> dict[str, list[str]]:
 def read_csv_file(path: Path) -> dict[str, list[str]]:
     """Return image name → captions from a CSV with the header `image,caption`."""
     captions: dict[str, list[str]] = {}
-    rows = csv.reader(_text(path).splitlines(keepends=True))
-    if [cell.strip().lower() for cell in next(rows, [])] != ["image", "caption"]:
-        raise ValueError(f"{path} is not a captions file: its first line must be image,caption")
-    for row in rows:
-        if not row:
-            continue
-        if len(row) != 2:
+    # Strict, because a quote that is not closed would swallow the captions after it.
+    rows = csv.reader(io.StringIO(_text(path)), strict=True)
+    try:
+        header = next(rows, [])
+        if [cell.strip().lower() for cell in header] != ["image", "caption"]:
             raise ValueError(
-                f"{path} line {rows.line_num} is not a caption: expected image,caption, "
-                f"not {len(row)} columns"
+                f"{path} is not a captions file: its first line must be image,caption, "
+                f"not {','.join(header)[:60]!r}"
             )
-        captions.setdefault(row[0].strip(), []).append(row[1].strip())
+        for row in filter(None, rows):
+            if len(row) != 2:
+                raise csv.Error(f"it has {len(row)} columns")
+            captions.setdefault(row[0].strip(), []).append(row[1].strip())
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} line {rows.line_num} is not a caption: expected image,caption ({error})"
+        ) from error
     return captions
 
 
+def _names(path: Path) -> list[str]:
+    """Return the image names of an official list, each once."""
+    return list(dict.fromkeys(line.strip() for line in _text(path).split("\n") if line.strip()))
+
+
 def _text(path: Path) -> str:
+    """Return what a text file holds, line ends as \\n; ValueError where it is not text."""
+    # Lines are split at \n alone: splitlines() would also split at marks that captions may hold.
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -195,10 +218,10 @@ def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> list[Recor
     value = files.read_json(path)
     try:
         images = [
-            (image["filename"], image["split"], [line["raw"] for line in image["sentences"]])
+            (image["filename"], image["split"], [one["raw"].strip() for one in image["sentences"]])
             for image in value["images"]
         ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f'{path} is not a captions file: expected {{"images": [{{"filename", "split", '
             f'"sentences": [{{"raw"}}]}}]}} ({type(error).__name__}: {error})'
@@ -206,7 +229,7 @@ def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> list[Recor
     wanted = (split, "restval") if split == "train" else (split,)
     captions = {name: lines for name, part, lines in images if part in wanted}
     if not captions:
-        raise _missing_split(path, split, sorted({part for _, part, _ in images}))
+        raise _missing_split(path, split, sorted({str(part) for _, part, _ in images}))
     return _records(list(captions), captions, folders, path.parent, split)
 
 
@@ -224,21 +247,21 @@ def _records(
     split: str,
 ) -> list[Record]:
     """Return records for `names`, leaving out (with a line) those with no image or no caption."""
-    if not names:
-        raise _missing_split(root, split, [])
     folder, present = _image_folder(folders, names)
     if not present:
         raise SplitMissingError(
             f"no image of the {split} split in {root} or its folders (wanted {names[0]} and "
             f"{len(names) - 1} more)"
         )
-    described = [name for name in names if captions.get(name)]
-    if not described:
+    described = {name: tuple(filter(None, captions.get(name, ()))) for name in names}
+    if not any(described.values()):
         raise SplitMissingError(f"no captions of the {split} split in {root} (wanted {names[0]} …)")
-    lost = [name for name in names if name not in present or not captions.get(name)]
+    lost = [name for name in names if name not in present or not described[name]]
     leave_out(lost, len(names), f"of the {split} split have no image file or no caption")
     return [
-        Record(name, folder / name, tuple(captions[name])) for name in described if name in present
+        Record(name, folder / name, lines)
+        for name, lines in described.items()
+        if lines and name in present
     ]
 
 
@@ -257,7 +280,7 @@ DATASETS: dict[str, Callable[..., Sequence[Record]]] = {
 
 def data_folder(dataset: str, data_dir: Path | None) -> Path:
     """Return the folder of the dataset's own files: `data_dir`, or data/<dataset>."""
-    return data_dir or Path("data") / dataset
+    return data_dir.expanduser() if data_dir else Path("data") / dataset
 
 
 def load_split(

@@ -1,6 +1,6 @@
 """Objectives: a batch in, a scalar with a gradient out.
 
-M captions in a batch · T words · V vocabulary
+M captions in a batch · T words · V vocabulary · N real words in a batch
 """
 
 from typing import NamedTuple
@@ -28,11 +28,12 @@ def cross_entropy(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) 
     Smoothing mixes the target with the uniform distribution over the V words (arXiv 1512.00567).
     """
     targets = tokens[:, 1:]
-    real = targets != PAD
-    log_probs = logits[real].float().log_softmax(-1)  # (N, V)
-    nll = -log_probs.gather(-1, targets[real][:, None]).sum()
+    # The one place that waits for the GPU: how many real words there are.
+    caption, position = (targets != PAD).nonzero(as_tuple=True)
+    log_probs = logits[caption, position].float().log_softmax(-1)  # (M, T-1, V) -> (N, V)
+    nll = -log_probs.gather(-1, targets[caption, position][:, None]).sum()
     objective = nll
     if label_smoothing:
         uniform = -log_probs.mean(-1).sum()
         objective = (1 - label_smoothing) * nll + label_smoothing * uniform
-    return Loss(objective, nll.detach(), int(real.sum()))
+    return Loss(objective, nll.detach(), len(caption))

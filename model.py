@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import files
 from dataset import Vocabulary
 from decoder import DecoderConfig, Taught, build_decoder
-from encoder import TRANSFORM, Encoder
+from encoder import TRANSFORM, Encoder, backbone
 
 FORMAT = "image-captioning 1"
 
@@ -26,7 +26,10 @@ class CaptionModel(nn.Module):
     def __init__(
         self, encoder: Encoder, config: DecoderConfig, vocabulary: Vocabulary, img_size: int
     ):
-        """`img_size`: the side in pixels of the squares that images are resized to."""
+        """`img_size`: the side in pixels of the squares that images are resized to.
+
+        Raises ValueError where the CNN makes nothing of images that small.
+        """
         super().__init__()
         self.encoder, self.config = encoder, config
         self.vocabulary, self.img_size = vocabulary, img_size
@@ -47,21 +50,22 @@ class CaptionModel(nn.Module):
         return self.decoder(self.remember(inputs), tokens, owner)
 
     def learned(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what training changes: the decoder, and of the encoder what is not frozen."""
-        trained = self.encoder.trained
+        """Yield what training changes of the state dict: all but the encoder's frozen part."""
         for name, tensor in self.state_dict().items():
             part = name.removeprefix("encoder.cnn.")
-            if part == name or trained == "all" or self.encoder.trains(part):
+            if part == name or self.encoder.trains(part):
                 yield name, tensor
 
     def save(self, path: str | Path, **about: Any) -> None:
         """Write weights, vocabulary and configuration to `path`, one safetensors file.
 
-        `about` (scores, how it was trained: JSON values) goes into the header as well.
+        `about` (scores, how it was trained: JSON values) goes into the header as well. The file
+        holds nothing of the machine, and loads on any device.
         """
         from safetensors.torch import save
 
         header = {
+            **about,
             "format": FORMAT,
             "model": {
                 "cnn_backbone": self.encoder.name,
@@ -71,7 +75,6 @@ class CaptionModel(nn.Module):
                 **asdict(self.config),
             },
             "vocabulary": self.vocabulary.words[len(Vocabulary.SPECIALS) :],
-            **about,
         }
         tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         metadata = {key: json.dumps(value, ensure_ascii=False) for key, value in header.items()}
@@ -85,26 +88,49 @@ class CaptionModel(nn.Module):
         """
         path = checkpoint_file(path)
         about, tensors = read_checkpoint(path)
+        try:
+            model = cls._described(about)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path} does not describe a model that this version can build ({error}); use the "
+                "version of the project that wrote it"
+            ) from error
+        try:
+            model.load_state_dict(tensors)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{path} has other weights than it says: {reason}") from error
+        return model.to(device).to(memory_format=torch.channels_last).eval()
+
+    @classmethod
+    def _described(cls, about: dict[str, Any]) -> "CaptionModel":
+        """Return the model that a file's header describes, its weights random."""
         stored = dict(about["model"])
-        if stored.pop("transform") != TRANSFORM:
-            raise ValueError(f"{path} wants an image transform this version does not have")
+        if (transform := stored.pop("transform")) != TRANSFORM:
+            raise ValueError(f"image transform {transform!r} is not known, only {TRANSFORM!r}")
         encoder = Encoder(stored.pop("cnn_backbone"), stored.pop("cnn_trained"))
         img_size = stored.pop("img_size")
-        model = cls(encoder, DecoderConfig(**stored), Vocabulary(about["vocabulary"]), img_size)
-        try:
-            model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-        except RuntimeError as error:
-            raise ValueError(f"{path} has other weights than it says: {error}") from error
-        return model.to(device).to(memory_format=torch.channels_last).eval()
+        return cls(encoder, DecoderConfig(**stored), Vocabulary(about["vocabulary"]), img_size)
 
 
 def count_positions(encoder: Encoder, img_size: int) -> int:
-    """Return how many positions S the encoder makes of an image of that size."""
+    """Return how many positions S the encoder makes of an image of that size.
+
+    Raises ValueError where the size is too small for it.
+    """
     training = encoder.training
-    with torch.inference_mode():
-        device = next(encoder.parameters()).device
-        features = encoder.eval()(torch.zeros(1, 3, img_size, img_size, device=device))
-    encoder.train(training)
+    try:
+        with torch.inference_mode():
+            device = next(encoder.parameters()).device
+            features = encoder.eval()(torch.zeros(1, 3, img_size, img_size, device=device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--img-size {img_size} does not fit the CNN {encoder.name} ({reason}); its own size "
+            f"is {backbone(encoder.name).img_size}"
+        ) from error
+    finally:
+        encoder.train(training)
     return features.shape[1]
 
 
@@ -124,21 +150,25 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a model file says of itself, and its tensors (nothing is ever unpickled)."""
+    """Return what a model file says of itself, and its tensors (nothing is ever unpickled).
+
+    Raises ValueError where it is another file, or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            about = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+            header = file.metadata() or {}
+            if header.get("format") != json.dumps(FORMAT):  # other programs' needn't be JSON
+                raise ValueError(
+                    f"{path} is not a captioning model: its header has the format "
+                    f"{header.get('format')}, expected {json.dumps(FORMAT)}"
+                )
+            about = {key: json.loads(value) for key, value in header.items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is not a model file, or is cut short ({error}); expected a .safetensors "
             "file written by train.py"
         ) from error
-    if about.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a captioning model: its header says {about.get('format')!r}, "
-            f"expected {FORMAT!r}"
-        )
     return about, tensors

@@ -1,5 +1,6 @@
 """A server on 127.0.0.1 stands in for the mirrors, with the faults that real ones have."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -84,11 +85,10 @@ class Mirror:
 
     def offer(self, name, content, folder):
         """Put the content on both mirrors and return its row of the table."""
-        urls = []
+        mirrors = (f"{self.address}/one/", f"{self.address}/two/")
         for path in (f"/one/{name}", f"/two/{name}"):
             self.contents[path] = content
-            urls.append(self.address + path)
-        return download_data.File(name, md5(content), len(content), folder, tuple(urls))
+        return download_data.File(name, md5(content), len(content), folder, mirrors)
 
     def interrupt(self):
         """Press Ctrl-C once some of this answer is on the disk, and stall."""
@@ -239,6 +239,188 @@ def test_downloaded_archives_are_kept_when_asked_and_then_used(root, mirror, off
     get(root, "--keep-archives")
     assert mirror.requests == []
     assert len(tree(root)) == len(COMPLETE) + 2
+
+
+def test_an_archive_left_by_a_run_killed_before_it_could_remove_it_is_removed(
+    root, mirror, offered, capsys
+):
+    get(root, "--keep-archives")
+    left = root / "flickr8k/archives"
+    (left / "Flickr8k_Dataset.zip.part").write_bytes(b"")
+    get(root, "--keep-archives")
+    assert sorted(os.listdir(left)) == sorted(file.name for file in offered)
+    capsys.readouterr()
+    get(root)
+    assert capsys.readouterr().out == f"{root / 'flickr8k'} is complete, nothing to do\n"
+    assert tree(root) == COMPLETE
+    assert not left.exists()
+
+
+def test_an_archive_beside_a_folder_that_the_user_filled_is_not_removed(root, mirror, offered):
+    get(root, "--keep-archives")
+    (root / "flickr8k/Flickr8k_text" / download_data.MARKER).unlink()
+    get(root)
+    assert os.listdir(root / "flickr8k/archives") == ["Flickr8k_text.zip"]
+
+
+# Datasets of many parts, and the question before a large one
+
+COCO = {  # part: archive, members, whether it is a usual part
+    "karpathy": ("caption_datasets.zip", {"dataset_coco.json": b"{}"}, True),
+    "annotations2014": (
+        "annotations_trainval2014.zip",
+        {"annotations/captions_train2014.json": b"14", "annotations/captions_val2014.json": b"v"},
+        True,
+    ),
+    "train2014": ("train2014.zip", {"train2014/COCO_train2014_000000000009.jpg": PHOTO}, True),
+    "annotations2017": (
+        "annotations_trainval2017.zip",
+        {"annotations/captions_train2017.json": b"17"},
+        False,
+    ),
+}
+USUAL = {
+    "coco/annotations2014/captions_train2014.json": b"14",
+    "coco/annotations2014/captions_val2014.json": b"v",
+    "coco/karpathy/dataset_coco.json": b"{}",
+    "coco/train2014/COCO_train2014_000000000009.jpg": PHOTO,
+}
+
+
+@pytest.fixture
+def coco(mirror, monkeypatch):
+    """Let the table's coco be these small archives; what is over 0.1 MB is asked for."""
+    rows = {
+        part: dataclasses.replace(mirror.offer(name, zipped(members), part), usual=usual)
+        for part, (name, members, usual) in COCO.items()
+    }
+    monkeypatch.setitem(download_data.DATASETS, "coco", tuple(rows.values()))
+    monkeypatch.setattr(download_data, "ASK", 1e5)
+    return rows
+
+
+def answer(monkeypatch, said):
+    """Sit at a terminal and say this."""
+    terminal = io.StringIO(said)
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+
+
+def test_the_usual_parts_land_in_folders_of_their_own(root, coco):
+    get(root, "coco", "--yes")
+    assert tree(root) == USUAL
+
+
+def test_parts_are_fetched_one_by_one_and_side_by_side(root, mirror, coco):
+    get(root, "coco", "--parts", "annotations2014")
+    assert [path for path, _ in mirror.requests] == ["/one/annotations_trainval2014.zip"]
+    get(root, "coco", "--parts", "annotations2017", "annotations2014")
+    assert [path for path, _ in mirror.requests[1:]] == ["/one/annotations_trainval2017.zip"]
+    get(root, "coco", "--yes")
+    assert tree(root) == {**USUAL, "coco/annotations2017/captions_train2017.json": b"17"}
+    assert len(mirror.requests) == 4
+
+
+def test_archives_of_other_parts_are_left_alone(root, mirror, coco):
+    get(root, "coco", "--parts", "karpathy", "--keep-archives")
+    get(root, "coco", "--parts", "annotations2014")
+    assert os.listdir(root / "coco/archives") == ["caption_datasets.zip"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "choices"),
+    [
+        ("coco", "karpathy, annotations2014, train2014, annotations2017"),
+        ("flickr8k", "Flickr8k_text, Flicker8k_Dataset"),
+        ("shapes", "none"),
+    ],
+)
+def test_a_part_that_is_not_known_is_one_line_with_the_choices(
+    dataset, choices, root, coco, capsys
+):
+    line = error_of(root, capsys, dataset, "--parts", "test2014")
+    assert line == f"error: {dataset} has no part 'test2014'; parts: {choices}"
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("said", ["y\n", "Yes\n"])
+def test_a_large_download_is_asked_for_on_a_terminal(said, root, coco, monkeypatch, capsys):
+    answer(monkeypatch, said)
+    get(root, "coco")
+    assert tree(root) == USUAL
+    assert "download 0.6 MB? [y/N] " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("said", ["n\n", "\n", "", "yesterday\n"])
+def test_all_but_a_yes_downloads_nothing(said, root, mirror, coco, monkeypatch, capsys):
+    answer(monkeypatch, said)
+    assert "nothing was downloaded" in error_of(root, capsys, "coco")
+    assert mirror.requests == [] and tree(root) == {}
+
+
+def test_a_large_download_with_nobody_to_ask_wants_the_flag(root, mirror, coco, capsys):
+    line = error_of(root, capsys, "coco")
+    assert "0.6 MB" in line and "--yes" in line
+    assert mirror.requests == [] and tree(root) == {}
+
+
+def test_what_is_at_hand_or_here_is_not_asked_for(root, tmp_path, mirror, coco):
+    (tmp_path / "train2014.zip").write_bytes(mirror.contents["/one/train2014.zip"])
+    get(root, "coco", "--archives", str(tmp_path))
+    assert tree(root) == USUAL
+    get(root, "coco")
+
+
+def test_a_download_that_broke_near_its_end_is_continued_without_a_question(root, mirror, coco):
+    part = root / "coco/archives/train2014.zip.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(mirror.contents["/one/train2014.zip"][:550_000])
+    get(root, "coco")
+    assert asked_for(mirror, "train2014.zip") == [("one", "bytes=550000-")]
+    assert tree(root) == USUAL
+
+
+def test_sizes_and_what_is_here_are_shown_before_the_question(root, coco, monkeypatch, capsys):
+    get(root, "coco", "--parts", "karpathy")
+    capsys.readouterr()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 0, 8.1e9))
+    with pytest.raises(ValueError, match="--yes"):
+        get(root, "coco")
+    assert capsys.readouterr().out.splitlines() == [
+        "karpathy            0.0 MB  is here",
+        "annotations2014     0.0 MB  0.0 MB to download",
+        "train2014           0.6 MB  0.6 MB to download",
+        "0.6 MB to download, 0.6 MB unpacked, 8.1 GB free",
+    ]
+
+
+def test_flickr30k_is_its_captions_and_a_line_on_the_images(root, mirror, monkeypatch, capsys):
+    row = mirror.offer(
+        "caption_datasets.zip", zipped({"dataset_flickr30k.json": b"{}"}), "karpathy"
+    )
+    monkeypatch.setitem(download_data.DATASETS, "flickr30k", (row,))
+    get(root, "flickr30k")
+    assert tree(root) == {"flickr30k/karpathy/dataset_flickr30k.json": b"{}"}
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert "https://shannon.cs.illinois.edu/DenotationGraph/" in last
+    assert str(root / "flickr30k/flickr30k-images") in last
+
+
+def test_help_shows_every_part_and_its_size(capsys):
+    with pytest.raises(SystemExit):
+        download_data.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "coco train2014 *: 13.5 GB" in said and "coco train2017: 19.3 GB" in said
+    for dataset, rows in download_data.DATASETS.items():
+        assert all(f"{dataset} {row.folder}" in said and row.about in said for row in rows)
+
+
+def test_the_usual_parts_of_coco_are_those_of_2014_and_20_gb():
+    usual = download_data.choose("coco", ())
+    names = {row.folder for row in usual}
+    assert names == {"train2014", "val2014", "annotations2014", "karpathy"}
+    assert download_data.in_units(sum(row.size for row in usual)) == "20.4 GB"
 
 
 # Downloads through faults
@@ -408,8 +590,9 @@ def test_a_part_that_archives_at_hand_make_needless_is_removed(root, mirror, at_
 def test_archives_at_hand_in_the_download_folder_stay_too(root, mirror, at_hand):
     own = root / "flickr8k/archives"
     shutil.copytree(at_hand, own)
-    get(root, "--archives", str(own))
-    assert tree(own) == tree(at_hand)
+    for _ in range(2):
+        get(root, "--archives", str(own))
+        assert tree(own) == tree(at_hand)
 
 
 def test_what_is_not_at_hand_is_downloaded(root, mirror, at_hand):
@@ -511,7 +694,7 @@ shutil.copyfileobj = die
 
 
 def start(root, rows, patch=""):
-    rows = [(row.name, row.md5, row.size, row.folder, list(row.urls)) for row in rows]
+    rows = [(row.name, row.md5, row.size, row.folder, list(row.mirrors)) for row in rows]
     command = [sys.executable, "-c", WORKER.format(rows=rows, patch=patch), str(root)]
     return subprocess.Popen(
         command, cwd=REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -550,8 +733,8 @@ def test_every_archive_has_mirrors_a_checksum_and_a_folder_of_its_own():
     for rows in download_data.DATASETS.values():
         assert len({row.folder for row in rows}) == len(rows)
         for row in rows:
-            assert len(row.md5) == 32 and row.size > 0
-            assert row.urls and all(url.endswith("/" + row.name) for url in row.urls)
+            assert len(row.md5) == 32 and row.size > 0 and row.about
+            assert row.mirrors and all(mirror.endswith("/") for mirror in row.mirrors)
 
 
 def test_the_marker_names_the_archive_and_its_checksum(root, mirror, offered):

@@ -1,0 +1,312 @@
+"""Words to ids and back, and batches that depend on nothing but the seed and the epoch."""
+
+import json
+import pickle
+import unicodedata
+
+import pytest
+import torch
+from PIL import Image
+
+from dataset import (
+    CaptionDataset,
+    DataConfig,
+    Record,
+    Vocabulary,
+    collate_fn,
+    get_loader,
+    mix,
+    words,
+)
+from decoding import END, PAD, START, UNK
+from encoder import image_transform
+
+LINES = ["a dog runs .", "a dog and a cat", "The dog's ball , red", "zebra"]
+VOCABULARY = Vocabulary.build(LINES, 1)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> list[Record]:
+    """Eleven pictures with left and right sides that differ; every third caption names a side."""
+    folder = tmp_path_factory.mktemp("pictures")
+    made = []
+    for number in range(11):
+        picture = Image.linear_gradient("L").rotate(90).resize((60, 40)).convert("RGB")
+        picture.putpixel((0, 0), (number, 0, 0))
+        picture.save(folder / f"{number}.png")
+        said = "a dog on the Left side" if number % 3 == 0 else f"a dog {number}"
+        captions = ("a cat", said, *["zebra"] * (number % 4))
+        made.append(Record(f"{number}.png", folder / f"{number}.png", captions))
+    return made
+
+
+def batches(records, **how) -> list:
+    keys = ("batch_size", "shuffle", "seed", "epoch", "skip", "workers")
+    order = {key: how.pop(key) for key in keys if key in how}
+    transform = image_transform(32, train=how.pop("crop", False))
+    dataset = CaptionDataset(records, VOCABULARY, 5, transform, **how)
+    return list(get_loader(dataset, **{"batch_size": 4, **order}))
+
+
+def pixels_by_id(found) -> dict:
+    return {
+        name: row
+        for batch in found
+        for name, row in zip(batch.image_ids, batch.inputs, strict=True)
+    }
+
+
+def same(first: dict, second: dict) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+# --- words
+
+
+@pytest.mark.parametrize(
+    ("caption", "expected"),
+    [
+        ("A dog, 3 T-shirts & 1,000 balls.", "a dog 3 t shirts 1 000 balls"),
+        ("the dog's friends' 'big' rock'n'roll don’t", "the dog's friends big rock'n'roll don't"),
+        ("लाल गेंद को फेंकता है।", "लाल गेंद को फेंकता है"),
+        ("น้ำ ใส", "น้ำ ใส"),
+        ("كَلْبٌ، أسود؟", "كَلْبٌ أسود"),
+        ("一只狗，在跑。", "一只狗 在跑"),
+        ("Ein Fluß; Ünïcode_snake", "ein fluß ünïcode snake"),
+        ("می\u200cخواهم co\u00adoperate \u200fكلب", "میخواهم cooperate كلب"),
+        ("สวัส\u200bดี", "สวัส ดี"),
+        ("👩‍👧 !!! ''' ", ""),
+    ],
+)
+def test_words_are_runs_of_letters_marks_digits_and_inner_apostrophes(caption, expected):
+    composed = unicodedata.normalize("NFC", expected)
+    assert words(caption) == composed.split()
+
+
+def test_composed_and_decomposed_letters_are_one_word():
+    composed, decomposed = "Café été", unicodedata.normalize("NFD", "Café été")
+    assert composed != decomposed and words(composed) == words(decomposed) == ["café", "été"]
+
+
+def test_the_words_of_words_are_themselves():
+    said = "The dog's 'red' ball – Ελλάδα, 東京 İstanbul naïve Über-cool 3½"
+    assert words(" ".join(words(said))) == words(said)
+
+
+# --- vocabulary
+
+
+def test_the_special_tokens_are_ids_0_to_3():
+    assert VOCABULARY.words[:4] == ("<pad>", "<start>", "<end>", "<unk>")
+    assert (PAD, START, END, UNK) == (0, 1, 2, 3)
+
+
+def test_words_are_ordered_by_count_then_alphabet():
+    assert VOCABULARY.words[4:] == ("a", "dog", *sorted(["and", "ball", "cat", "dog's", "red",
+                                    "runs", "the", "zebra"]))  # fmt: skip
+    assert Vocabulary.build(reversed(LINES), 1) == VOCABULARY
+
+
+@pytest.mark.parametrize(("least", "kept"), [(1, 10), (2, 2), (3, 1)])
+def test_words_below_the_minimal_count_are_unknown(least, kept):
+    vocabulary = Vocabulary.build(LINES, least)
+    assert len(vocabulary) == 4 + kept
+    assert vocabulary.encode("a zebra", 9) == [START, 4, vocabulary.ids.get("zebra", UNK), END]
+
+
+def test_no_word_left_says_to_lower_the_minimal_count():
+    with pytest.raises(ValueError, match=r"no word comes 9 times.*--min-count.*10 different"):
+        Vocabulary.build(LINES, 9)
+
+
+@pytest.mark.parametrize("line", [*LINES, "RED cat, the dog's zebra!"])
+def test_encode_then_decode_gives_the_words_back(line):
+    tokens = VOCABULARY.encode(line, 30)
+    expected = " ".join(words(line))
+    assert VOCABULARY.decode(tokens) == expected
+    assert VOCABULARY.decode(torch.tensor([*tokens, PAD, PAD])) == expected
+
+
+def test_truncation_counts_words_and_keeps_the_end():
+    tokens = VOCABULARY.encode("a dog and a cat", 3)
+    assert tokens[0] == START and tokens[-1] == END and len(tokens) == 5
+    assert VOCABULARY.decode(tokens) == "a dog and"
+    assert VOCABULARY.encode("", 3) == [START, END]
+
+
+def test_decoding_stops_at_the_end_and_says_no_special_token():
+    assert VOCABULARY.decode([START, 4, UNK, 5, PAD, END, 6, 7]) == "a dog"
+    assert VOCABULARY.decode([]) == ""
+
+
+def test_a_vocabulary_survives_json(tmp_path):
+    vocabulary = Vocabulary.build(["लाल गेंद", "dog's été", "東京"], 1)
+    vocabulary.save(tmp_path / "words.json")
+    assert Vocabulary.load(tmp_path / "words.json") == vocabulary
+    text = (tmp_path / "words.json").read_text(encoding="utf-8")
+    assert "गेंद" in text and json.loads(text)["words"] == list(vocabulary.words[4:])
+    assert pickle.loads(pickle.dumps(vocabulary)) == vocabulary
+
+
+@pytest.mark.parametrize("text", ["[]", '{"words": 3}', '{"words": ["a", 4]}', "{"])
+def test_a_file_that_is_no_vocabulary_says_so(text, tmp_path):
+    (tmp_path / "words.json").write_text(text)
+    with pytest.raises(ValueError, match=r"words\.json is not a"):
+        Vocabulary.load(tmp_path / "words.json")
+
+
+@pytest.mark.parametrize("known", [["a", "a"], ["<pad>"]])
+def test_a_vocabulary_holds_each_word_once(known):
+    with pytest.raises(ValueError, match="each word once"):
+        Vocabulary(known)
+
+
+# --- batches
+
+
+def test_a_batch_holds_all_captions_of_its_images(records):
+    batch = batches(records)[1]
+    assert batch.image_ids == ["4.png", "5.png", "6.png", "7.png"]
+    assert batch.inputs.shape == (4, 3, 32, 32) and batch.tokens.dtype == torch.int64
+    assert batch.references == [list(record.captions) for record in records[4:8]]
+    assert batch.owner.tolist() == [0] * 2 + [1] * 3 + [2] * 4 + [3] * 5
+    lines = [line for captions in batch.references for line in captions]
+    for row, line in zip(batch.tokens.tolist(), lines, strict=True):
+        tokens = VOCABULARY.encode(line, 5)
+        assert row == tokens + [PAD] * (len(row) - len(tokens))
+
+
+def test_padding_goes_no_further_than_the_longest_caption():
+    items = [("x", torch.zeros(1), [[1, 4, 2], [1, 2]], []), ("y", torch.zeros(1), [[1, 5, 2]], [])]
+    assert collate_fn(items).tokens.tolist() == [[1, 4, 2], [1, 2, 0], [1, 5, 2]]
+
+
+def test_without_a_vocabulary_there_are_pixels_and_no_tokens(records):
+    dataset = CaptionDataset(records, transform=image_transform(32, train=False))
+    batch = next(iter(get_loader(dataset, 3)))
+    assert batch.tokens.shape == (0, 0) and batch.owner.shape == (0,)
+    assert batch.inputs.shape == (3, 3, 32, 32) and len(batch.references) == 3
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("size", [1, 4, 11, 50])
+def test_every_image_comes_once_an_epoch_the_last_partial_batch_included(records, shuffle, size):
+    found = batches(records, batch_size=size, shuffle=shuffle)
+    ids = [name for batch in found for name in batch.image_ids]
+    assert sorted(ids) == sorted(record.image_id for record in records)
+    assert len(found) == -(-len(records) // size)
+    assert shuffle or ids == [record.image_id for record in records]
+
+
+def test_the_order_depends_on_seed_and_epoch_alone(records):
+    def order(**how):
+        torch.manual_seed(how.pop("noise", 0))
+        return [batch.image_ids for batch in batches(records, shuffle=True, **how)]
+
+    first = order(seed=1, epoch=2)
+    assert first == order(seed=1, epoch=2, noise=7) == order(seed=1, epoch=2, workers=2)
+    assert first != order(seed=2, epoch=2) and first != order(seed=1, epoch=3)
+
+
+@pytest.mark.parametrize("skip", [1, 2, 3, 9])
+def test_skipping_batches_leaves_the_tail_of_the_epoch(records, skip):
+    how = {"shuffle": True, "epoch": 5, "flip": True, "crop": True}
+    whole, tail = batches(records, **how), batches(records, skip=skip, **how)
+    assert [batch.image_ids for batch in tail] == [batch.image_ids for batch in whole[skip:]]
+    for ours, theirs in zip(tail, whole[skip:], strict=True):
+        assert torch.equal(ours.inputs, theirs.inputs) and torch.equal(ours.tokens, theirs.tokens)
+
+
+def test_augmentation_depends_on_seed_epoch_and_image_alone(records):
+    how = {"flip": True, "crop": True, "seed": 0}
+    plain = pixels_by_id(batches(records, **how))
+    assert same(plain, pixels_by_id(batches(records, workers=2, **how)))
+    assert same(plain, pixels_by_id(batches(records, shuffle=True, batch_size=3, **how)))
+    assert same(plain, pixels_by_id(batches(records[::-1], **how)))
+    assert not same(plain, pixels_by_id(batches(records, epoch=1, **how)))
+
+
+def test_loaders_of_two_epochs_do_not_disturb_each_other(records):
+    dataset = CaptionDataset(records, VOCABULARY, 5, image_transform(32, train=True), flip=True)
+    first, second = (get_loader(dataset, 4, epoch=epoch) for epoch in (0, 1))
+    alone = pixels_by_id(get_loader(dataset, 4, epoch=0))
+    assert same(pixels_by_id(first), alone) and not same(pixels_by_id(second), alone)
+    assert dataset.epoch == 0
+
+
+def test_reading_images_leaves_torchs_own_chance_alone(records):
+    dataset = CaptionDataset(records, VOCABULARY, 5, image_transform(32, train=True), flip=True)
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    torch.manual_seed(4)
+    _ = dataset[0], dataset[1]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_half_of_the_images_are_mirrored_but_none_that_speak_of_sides(records):
+    plain = pixels_by_id(batches(records))
+    mirrored = dict.fromkeys(plain, 0)
+    for epoch in range(20):
+        for name, pixels in pixels_by_id(batches(records, flip=True, epoch=epoch)).items():
+            turned = torch.equal(pixels, plain[name].flip(-1))
+            assert turned or torch.equal(pixels, plain[name])
+            mirrored[name] += turned
+    sided = [record.image_id for record in records if "Left" in record.captions[1]]
+    assert [mirrored[name] for name in sided] == [0] * 4
+    free = [count for name, count in mirrored.items() if name not in sided]
+    assert all(2 <= count <= 18 for count in free) and 45 <= sum(free) <= 95
+
+
+@pytest.mark.parametrize(
+    ("caption", "speaks"),
+    [("to the RIGHT .", True), ("left-hand", True), ("a lefthanded man", True), ("rightmost", True),
+     ("upright", False), ("bright cleft", False), ("the leftovers", False)],
+)  # fmt: skip
+def test_sides_are_words_of_their_own(caption, speaks, records):
+    record = records[1]._replace(captions=("a cat", caption))
+    shown = [
+        CaptionDataset([record], None, 5, image_transform(32, train=False), flip=True, epoch=e)[0][
+            1
+        ]
+        for e in range(12)
+    ]
+    assert all(torch.equal(pixels, shown[0]) for pixels in shown) == speaks
+
+
+def test_features_take_the_place_of_pixels(records):
+    class Features:
+        def get(self, image_id):
+            return torch.full((2, 3), float(image_id.split(".")[0]))
+
+    gone = [record._replace(path=record.path.with_name("gone.png")) for record in records]
+    dataset = CaptionDataset(gone, VOCABULARY, 5, features=Features(), flip=True)
+    batch = list(get_loader(dataset, 4))[1]
+    assert batch.inputs.shape == (4, 2, 3) and batch.inputs[:, 0, 0].tolist() == [4, 5, 6, 7]
+
+
+def test_an_empty_dataset_has_no_batches():
+    loader = get_loader(CaptionDataset([], VOCABULARY), 4, shuffle=True, workers=2)
+    assert len(loader) == 0 and list(loader) == []
+
+
+def test_a_batch_size_below_one_is_an_error(records):
+    with pytest.raises(ValueError, match="batch size 0 must be at least 1"):
+        get_loader(CaptionDataset(records), 0)
+
+
+def test_mixed_seeds_differ_and_stay():
+    seeds = {mix(a, b) for a in range(30) for b in range(30)}
+    assert len(seeds) == 900 and all(0 <= seed < 2**63 for seed in seeds)
+    assert mix(1, 23) != mix(12, 3) and mix(1, "a.jpg") == mix(1, "a.jpg") != mix(1, "b.jpg")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [("limit", 0, "--limit 0 must be at least 1"), ("limit", -5, "at least 1"),
+     ("min_count", 0, "--min-count 0 must"), ("workers", -1, "--workers -1 must be at least 0"),
+     ("train_fraction", 0.0, "--train-fraction 0.0 must be above 0"),
+     ("train_fraction", 1.5, "at most 1"), ("train_fraction", float("nan"), "at most 1")],
+)  # fmt: skip
+def test_flags_out_of_range_name_themselves(flag, value, said):
+    with pytest.raises(ValueError, match=said):
+        DataConfig(**{flag: value})

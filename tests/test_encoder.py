@@ -1,0 +1,380 @@
+"""Our trunk of a torchvision CNN is torchvision's own, and its weights are the file's own."""
+
+import collections
+import copy
+import re
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from encoder import (
+    BACKBONES,
+    MEAN,
+    STD,
+    Encoder,
+    EncoderConfig,
+    backbone,
+    build_encoder,
+    fingerprint,
+    folded,
+    image_transform,
+    load_weights,
+)
+
+PUBLISHED = [name for name, row in BACKBONES.items() if row.pretrained]
+RESNET18_FILE = "resnet18-f37072fd.pth"
+
+
+def stir(module: nn.Module) -> None:
+    """Give BatchNorm statistics and scales that matter: those of a new model do nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for tensor in (part.running_var, part.weight.data):
+                tensor.uniform_(0.6, 1.2, generator=generator)
+            for tensor in (part.running_mean, part.bias.data):
+                tensor.normal_(0, 0.2, generator=generator)
+
+
+def full_model(name: str) -> nn.Module:
+    """Torchvision's own model with its classifier and random weights, in eval mode."""
+    extra = {"init_weights": False, "transform_input": True} if name == "inception_v3" else {}
+    model = torchvision.models.get_model(name, weights=None, **extra).eval()
+    stir(model)
+    return model
+
+
+def last_map(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The last feature map (B, C, h, w) of torchvision's own forward."""
+    stage = next(
+        getattr(model, part) for part in ("layer4", "features", "Mixed_7c") if hasattr(model, part)
+    )
+    seen = []
+    handle = stage.register_forward_hook(lambda module, given, got: seen.append(got))
+    with torch.no_grad():
+        model(images)
+    handle.remove()
+    return seen[0]
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return bool((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max())
+
+
+def images(name: str, count: int = 2) -> torch.Tensor:
+    size = max(64, backbone(name).least_size)
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def resnet18():
+    torch.manual_seed(0)
+    return full_model("resnet18")
+
+
+@pytest.fixture(scope="module")
+def weights(resnet18, tmp_path_factory):
+    """A torchvision state dict on disk."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    torch.save(resnet18.state_dict(), path)
+    return path
+
+
+# --- two ways, one answer
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_trunk_is_torchvisions_and_folding_changes_nothing(name, tmp_path):
+    torch.manual_seed(0)
+    encoder = Encoder(name)
+    if name in PUBLISHED:
+        model = full_model(name)
+        save_file(model.state_dict(), tmp_path / "full.safetensors")
+        load_weights(encoder.cnn, name, tmp_path / "full.safetensors")
+    else:
+        stir(encoder)
+    batch, light = images(name), folded(encoder)
+    with torch.no_grad():
+        features, quick = encoder(batch), light(batch)
+    assert features.shape[::2] == (2, backbone(name).channels)
+    assert close(quick, features)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in light.modules())
+    if name in PUBLISHED:
+        theirs = last_map(model, batch).flatten(2).transpose(1, 2)
+        assert theirs.abs().max() > 0 and close(features, theirs)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_row_of_the_table_keeps_its_promises(name):
+    row, encoder = backbone(name), Encoder(name, "last")
+    parameters = [part for part, _ in encoder.cnn.named_parameters()]
+    for stage in row.last_stages:
+        assert any(part.startswith(f"{stage}.") for part in parameters), stage
+    learning = {part for part, tensor in encoder.cnn.named_parameters() if tensor.requires_grad}
+    assert learning and set(parameters[-3:]) <= learning and parameters[0] not in learning
+    with torch.no_grad():
+        least = encoder(torch.zeros(1, 3, row.least_size, row.least_size))
+    assert least.shape[1] >= 1 and row.img_size >= row.least_size
+
+
+def test_positions_go_row_by_row():
+    encoder = Encoder("tiny").eval()
+    picture = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        maps = encoder.cnn(picture)
+        assert torch.equal(encoder(picture)[0, 1 * 4 + 2], maps[0, :, 1, 2])
+
+
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+@pytest.mark.parametrize("classifier", [True, False])
+@pytest.mark.parametrize("half", [False, True])
+def test_weights_are_the_same_from_every_kind_of_file(kind, classifier, half, resnet18, tmp_path):
+    state = {
+        name: tensor.half().float() if tensor.is_floating_point() else tensor
+        for name, tensor in resnet18.state_dict().items()
+    }
+    kept = {
+        name: tensor.half() if half and tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+        if classifier or not name.startswith("fc.")
+    }
+    path = tmp_path / f"weights.{kind}"
+    torch.save(kept, path) if kind == "pth" else save_file(kept, path)
+    encoder = build_encoder("resnet18", path)
+    loaded = encoder.cnn.state_dict()
+    assert loaded and all(torch.equal(tensor, state[name]) for name, tensor in loaded.items())
+    assert next(encoder.parameters()).dtype == torch.float32
+
+
+def test_weights_without_batch_counters_are_read(resnet18, tmp_path):
+    state = {k: v for k, v in resnet18.state_dict().items() if "num_batches" not in k}
+    torch.save(collections.OrderedDict(state), tmp_path / "old.pth")
+    encoder = build_encoder("resnet18", str(tmp_path / "old.pth"))
+    assert torch.equal(encoder.cnn.conv1.weight, resnet18.conv1.weight)
+
+
+def test_weights_in_torchs_cache_are_used_without_a_network(
+    weights, resnet18, tmp_path, no_network
+):
+    place = tmp_path / "hub" / "checkpoints" / RESNET18_FILE
+    place.parent.mkdir(parents=True)
+    place.write_bytes(weights.read_bytes())
+    for word in ("default", "IMAGENET1K_V1", "DEFAULT"):
+        encoder = build_encoder("resnet18", word)
+        assert torch.equal(encoder.cnn.conv1.weight, resnet18.conv1.weight)
+    place.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=f"{re.escape(str(place))} is not a readable state dict"):
+        build_encoder("resnet18", "default")
+
+
+def test_the_fingerprint_is_of_the_weights_alone(weights):
+    encoder = build_encoder("resnet18", weights)
+    mark = fingerprint(encoder)
+    assert re.fullmatch("[0-9a-f]{16}", mark)
+    assert fingerprint(build_encoder("resnet18", weights, finetune=True)) == mark
+    assert fingerprint(encoder.to(memory_format=torch.contiguous_format)) == mark
+    encoder.cnn.bn1.num_batches_tracked += 1
+    assert fingerprint(encoder) == mark
+    encoder.cnn.layer4[1].bn2.running_mean[3] += 1e-3
+    assert fingerprint(encoder) != mark
+
+
+# --- what learns
+
+
+def test_frozen_and_finetuned_statistics_do_not_move_and_live_ones_do(weights):
+    for source, finetune, moves in ((weights, None, 0), (weights, True, 0), ("none", None, 1)):
+        encoder = build_encoder("resnet18", source, finetune=finetune)
+        nn.Sequential(encoder).train()
+        before = {name: tensor.clone() for name, tensor in encoder.named_buffers()}
+        encoder(images("resnet18"))
+        moved = [
+            name
+            for name, tensor in encoder.named_buffers()
+            if not torch.equal(tensor, before[name])
+        ]
+        assert len(moved) == moves * len(before)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "tiny"])
+@pytest.mark.parametrize("trained", ["none", "last", "all"])
+def test_a_step_changes_exactly_what_learns(name, trained):
+    torch.manual_seed(0)
+    encoder = Encoder(name, trained)
+    stir(encoder)
+    before = copy.deepcopy(dict(encoder.cnn.named_parameters()))
+    features = encoder(images(name))
+    assert features.requires_grad == (trained != "none")
+    if trained != "none":
+        features.square().mean().backward()
+        torch.optim.Adam(encoder.parameters(), lr=0.1).step()
+    stages = backbone(name).last_stages
+    for part, parameter in encoder.cnn.named_parameters():
+        learns = trained == "all" or (
+            trained == "last" and any(part.startswith(f"{stage}.") for stage in stages)
+        )
+        assert torch.equal(parameter, before[part]) != learns, part
+
+
+def test_folding_leaves_the_encoder_as_it_was():
+    encoder = Encoder("tiny", "all")
+    stir(encoder)
+    state = copy.deepcopy(encoder.state_dict())
+    light = folded(encoder)
+    assert encoder.training and all(parameter.requires_grad for parameter in encoder.parameters())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
+    assert not light.train().training and not any(p.requires_grad for p in light.parameters())
+
+
+# --- the image transform
+
+
+def coordinates(width: int, height: int) -> Image.Image:
+    """A picture whose red says how far right a pixel is, and green how far down."""
+    y, x = np.mgrid[:height, :width]
+    planes = [x * 255 / (width - 1), y * 255 / (height - 1), 0 * x]
+    return Image.fromarray(np.stack(planes, axis=2).round().astype(np.uint8))
+
+
+def seen(pixels: torch.Tensor) -> torch.Tensor:
+    """Normalised pixels back to 0..1."""
+    return pixels * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+
+
+@pytest.mark.parametrize("size", [(90, 60), (30, 200), (64, 64)])
+def test_evaluation_squashes_the_whole_picture(size):
+    picture = coordinates(*size)
+    pixels = image_transform(64, train=False)(picture)
+    assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.float32
+    wanted = picture.resize((64, 64), Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.array(wanted)).permute(2, 0, 1) / 255
+    assert torch.allclose(seen(pixels), expected, atol=1e-6)
+    assert seen(pixels)[0, :, 0].max() < 0.03 and seen(pixels)[0, :, -1].min() > 0.97
+
+
+@pytest.mark.parametrize("size", [(150, 100), (80, 160), (100, 100)])
+def test_a_training_crop_is_random_and_nearly_of_the_pictures_own_shape(size):
+    transform, lefts = image_transform(64, train=True), set()
+    torch.manual_seed(0)
+    for _ in range(20):
+        pixels = seen(transform(coordinates(*size)))
+        x, y = pixels[0].mean(0), pixels[1].mean(1)
+        wide, high = x[-1] - x[0] + 0.02, y[-1] - y[0] + 0.02
+        assert wide * high > 0.77 and 0.85 < wide / high < 1.18
+        lefts.add(round(float(x[0]), 2))
+    assert len(lefts) > 4
+
+
+def test_too_small_an_image_size_is_an_error():
+    with pytest.raises(ValueError, match="image size 31 is too small; use at least 32"):
+        image_transform(31, train=False)
+    with pytest.raises(ValueError, match=r"--img-size 64 is too small for inception_v3; .* 75"):
+        EncoderConfig(cnn_backbone="inception_v3", img_size=64)
+    assert EncoderConfig(cnn_backbone="inception_v3", img_size=75).img_size == 75
+
+
+# --- errors by their message
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    def refuse(*args, **keywords):
+        raise urllib.error.URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "urlopen", refuse)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+
+
+def test_no_network_names_the_file_its_address_and_its_place(no_network, tmp_path):
+    with pytest.raises(FileNotFoundError) as caught:
+        build_encoder("resnet18", "default")
+    said = str(caught.value)
+    place = tmp_path / "hub" / "checkpoints" / RESNET18_FILE
+    assert f"https://download.pytorch.org/models/{RESNET18_FILE}" in said
+    assert f"put it at {place}" in said and "Name or service not known" in said
+    assert "\n" not in said and not list(place.parent.glob("*"))
+
+
+def test_frozen_random_features_are_an_error():
+    with pytest.raises(ValueError, match="frozen random features .* --cnn-weights"):
+        build_encoder("resnet18", "none", finetune=False)
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(ValueError, match="backbone 'resnet5' is not known; choose from convnext_t"):
+        build_encoder("resnet5", "none")
+    known = "default, none, IMAGENET1K_V1, or the path"
+    with pytest.raises(ValueError, match=f"weights 'V3' are not known for resnet18; .* {known}"):
+        build_encoder("resnet18", "V3")
+    for word in ("default", "IMAGENET1K_V1"):
+        with pytest.raises(
+            ValueError, match="'tiny' has no published weights; use --cnn-weights n"
+        ):
+            build_encoder("tiny", word)
+
+
+def test_a_folder_of_the_name_of_weights_is_not_taken_for_them(tmp_path, monkeypatch, no_network):
+    (tmp_path / "default").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="could not be downloaded"):
+        build_encoder("resnet18", "default")
+
+
+class Other:
+    pass
+
+
+def test_files_that_are_no_state_dict_say_so_in_a_line(weights, tmp_path):
+    torch.save({"conv1.weight": Other()}, tmp_path / "class.pth")
+    torch.save({"model": {"conv1.weight": torch.zeros(1)}}, tmp_path / "nested.pth")
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    whole = weights.read_bytes()
+    for name, content in {
+        "half.pth": whole[: len(whole) // 2],
+        "empty.pth": b"",
+        "page.pth": b"<html>404</html>",
+        "page.safetensors": b"<html>404</html>",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    expected = {
+        "gone.pth": "no CNN weights at",
+        "class.pth": "holds test_encoder.Other, not tensors alone",
+        "nested.pth": "expected names and tensors only",
+        "list.pth": "expected names and tensors only",
+        "half.pth": "is damaged, or another thing",
+        "empty.pth": "is damaged, or another thing",
+        "page.pth": "is damaged, or another thing",
+        "page.safetensors": "is damaged, or another thing",
+    }
+    for name, said in expected.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
+            build_encoder("resnet18", tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_of_another_architecture_say_what_does_not_fit(weights, tmp_path):
+    with pytest.raises(ValueError, match=r"not a mobilenet_v2 state dict: it has no features\.0"):
+        build_encoder("mobilenet_v2", weights)
+    with pytest.raises(ValueError, match=r"not a resnet34 state dict: it has no layer1\.2\.conv1"):
+        build_encoder("resnet34", weights)
+    with pytest.raises(ValueError, match=r"resnet50: layer1\.0\.conv1\.weight has .* 3, 3\), exp"):
+        build_encoder("resnet50", weights)
+    # All that a resnet18 wants is in a resnet34, in the right shapes.
+    save_file(Encoder("resnet34").cnn.state_dict(), tmp_path / "larger.safetensors")
+    with pytest.raises(ValueError, match=r"not a resnet18 state dict: resnet18 has no layer\d\."):
+        build_encoder("resnet18", tmp_path / "larger.safetensors")
+
+
+def test_statistics_that_did_not_fit_into_float16_are_an_error(resnet18, tmp_path):
+    state = copy.deepcopy(resnet18.state_dict())
+    state["bn1.running_var"][5] = 83_614
+    torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half.pth")
+    with pytest.raises(ValueError, match=r"bn1\.running_var holds infinity or NaN"):
+        build_encoder("resnet18", tmp_path / "half.pth")

@@ -1,0 +1,432 @@
+"""A file is written whole or not at all, and an error is one line."""
+
+import dataclasses
+import errno
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import files
+
+ROOT = Path(__file__).parent.parent
+POSIX = pytest.mark.skipif(os.name != "posix", reason="signals, modes and limits of POSIX")
+NOT_ROOT = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere"
+)
+
+
+def child(code, *argv, **how):
+    """Start Python on `code`, which may use the module `files`; its streams are pipes of text."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": ""}
+    how = {"env": env, **how}
+    return subprocess.Popen(
+        [sys.executable, "-c", "import files, os, signal, sys, time\n" + code, *map(str, argv)],
+        stdin=subprocess.PIPE,
+        stdout=how.pop("stdout", subprocess.PIPE),
+        stderr=subprocess.PIPE,
+        **how,
+    )
+
+
+def finished(process):
+    out, err = process.communicate(timeout=30)
+    return process.returncode, (out or b"").decode(), err.decode()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- writing
+
+
+@pytest.mark.parametrize("writer", [files.write_text, files.write_json])
+def test_what_is_written_is_read_back(writer, tmp_path):
+    path = tmp_path / "new" / "folders" / "file.json"
+    writer(path, '"é 日本"' if writer is files.write_text else "é 日本")
+    assert files.read_json(path) == "é 日本"
+    assert names(path.parent) == ["file.json"]
+
+
+def test_bytes_are_written_as_they_are(tmp_path):
+    files.write_bytes(tmp_path / "file", b"\r\n\x00\xff")
+    assert (tmp_path / "file").read_bytes() == b"\r\n\x00\xff"
+
+
+def test_json_is_readable_and_keeps_letters(tmp_path):
+    files.write_json(tmp_path / "file.json", {"word": "été"})
+    assert (tmp_path / "file.json").read_text(encoding="utf-8") == '{\n  "word": "été"\n}\n'
+
+
+def test_a_file_name_that_is_no_text_survives_json(tmp_path):
+    name = os.fsdecode(b"caf\xe9.jpg") if os.name == "posix" else "caf\udce9.jpg"
+    files.write_json(tmp_path / "file.json", [name, "😀 \\udce9"])
+    assert files.read_json(tmp_path / "file.json") == [name, "😀 \\udce9"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, OSError])
+def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(error, tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with pytest.raises(error), files.replacing(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_until_the_end_readers_see_the_old_file(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    with files.replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_the_temporary_file_has_the_suffix_and_lies_beside(tmp_path):
+    for name in ("plot.png", "no suffix", ".hidden", "a" * 250):
+        with files.replacing(tmp_path / name) as temporary:
+            assert temporary.parent == tmp_path.resolve()
+            assert temporary.name.endswith(Path(name).suffix)
+            assert temporary.name.startswith(".")
+    assert len(names(tmp_path)) == 4
+
+
+def test_a_writer_that_renames_is_no_trouble(tmp_path):
+    with files.replacing(tmp_path / "file.txt") as temporary:
+        other = temporary.with_name("other")
+        other.write_text("new")
+        other.chmod(0o600)
+        other.replace(temporary)
+    assert names(tmp_path) == ["file.txt"]
+    assert (tmp_path / "file.txt").read_text() == "new"
+
+
+@POSIX
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_a_new_file_has_the_mode_of_the_umask(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        files.write_text(tmp_path / "file.txt", "")
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "file.txt").stat().st_mode) == 0o666 & ~umask
+
+
+@POSIX
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o755])
+def test_a_file_that_was_there_keeps_its_mode(mode, tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    path.chmod(mode)
+    files.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+@POSIX
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real.txt").write_text("old")
+    (tmp_path / "link.txt").symlink_to("real.txt")
+    files.write_text(tmp_path / "link.txt", "new")
+    assert (tmp_path / "link.txt").is_symlink()
+    assert (tmp_path / "real.txt").read_text() == "new"
+
+
+@POSIX
+def test_devices_and_pipes_are_written_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    files.write_text(pipe, "through")
+    assert os.read(reader, 100) == b"through"
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    files.check_writable(pipe, Path(os.devnull))
+
+
+@POSIX
+def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
+    """A limit on file sizes stands for the disk: the write fails half-way in the same manner."""
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    code = """
+import resource
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+files.run(lambda: files.write_text(sys.argv[1], "x" * 100_000))
+"""
+    code, out, err = finished(child(code, path))
+    assert (code, out) == (2, "")
+    assert err == f"error: cannot write (File too large): {path}\n"
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file.txt"]
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="cannot write") as raised:
+        files.write_text(tmp_path / "file.txt", "")
+    assert raised.value.filename == str(tmp_path / "file.txt")
+    assert names(tmp_path) == []
+
+
+def test_an_error_about_another_file_is_not_blamed_on_this_one(tmp_path):
+    with pytest.raises(FileNotFoundError) as raised, files.replacing(tmp_path / "file.txt"):
+        (tmp_path / "other.txt").read_text()
+    assert raised.value.filename == str(tmp_path / "other.txt")
+
+
+@POSIX
+def test_a_killed_writer_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "file.txt"
+    path.write_text("old")
+    code = """
+with files.replacing(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert finished(child(code, path))[0] == -signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("check", [files.check_writable, lambda path: files.write_text(path, "")])
+def test_a_path_that_cannot_be_a_file_is_refused_by_its_name(check, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path, reason in (
+        (tmp_path, errno.EISDIR),
+        (tmp_path / "file" / "in.json", errno.ENOTDIR),
+        (tmp_path / "file" / "deep" / "in.json", errno.ENOTDIR),
+    ):
+        with pytest.raises(OSError, match="cannot write") as raised:
+            check(path)
+        assert (raised.value.errno, raised.value.filename) == (reason, str(path))
+
+
+@NOT_ROOT
+@pytest.mark.parametrize("check", [files.check_writable, lambda path: files.write_text(path, "")])
+def test_a_folder_without_permission_is_told_with_the_name_of_the_file(check, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(PermissionError, match="cannot write") as raised:
+        check(tmp_path / "file.txt")
+    tmp_path.chmod(0o700)
+    assert raised.value.filename == str(tmp_path / "file.txt")
+
+
+def test_checking_makes_nothing_and_asks_nothing_of_what_is_not_wanted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files.check_writable(None, tmp_path / "a" / "b" / "c.json", Path("d.json"), Path("e/f.json"))
+    assert names(tmp_path) == []
+
+
+# --- reading
+
+
+def test_a_mark_at_the_start_of_a_json_file_is_no_matter(tmp_path):
+    (tmp_path / "file.json").write_bytes(b'\xef\xbb\xbf["word"]')
+    assert files.read_json(tmp_path / "file.json") == ["word"]
+
+
+@pytest.mark.parametrize("content", [b"", b"[1,", b"\x80\x04}q.", b"[" * 200_000, b"word"])
+def test_what_is_not_json_is_told_with_its_name(content, tmp_path):
+    (tmp_path / "file.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"file\.json is not a JSON file"):
+        files.read_json(tmp_path / "file.json")
+
+
+# --- locks
+
+
+def test_two_processes_never_hold_a_lock_at_once(tmp_path):
+    code = """
+with files.lock(sys.argv[1]), open(sys.argv[2], "a") as log:
+    for word in ("in", "out"):
+        print(word, file=log, flush=True)
+        time.sleep(0.05)
+"""
+    here = tmp_path / "new" / ".lock", tmp_path / "log"
+    for process in [child(code, *here) for _ in range(3)]:
+        assert finished(process) == (0, "", "")
+    assert (tmp_path / "log").read_text().split() == ["in", "out"] * 3
+
+
+@POSIX
+def test_a_killed_process_frees_its_lock(tmp_path):
+    process = child(
+        "with files.lock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)",
+        tmp_path / ".lock",
+    )
+    assert process.stdout.readline() == b"held\n"
+    process.kill()
+    finished(process)
+    start = time.monotonic()
+    with files.lock(tmp_path / ".lock"):
+        assert time.monotonic() - start < 5
+
+
+# --- flags
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    """Part of the flags."""
+
+    size: int = 3
+    """How large it is."""
+
+    def __post_init__(self):
+        if self.size < 0:
+            raise ValueError(f"size {self.size} must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """All flags."""
+
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    kind: Literal["round", "square"] = "round"
+    """What shape it has."""
+    place: Path | None = None
+    """Where it is put."""
+
+
+def parse(*argv, **how):
+    return files.parse(Flags, list(argv), program="test.py", description="Test flags.", **how)
+
+
+def test_flags_fill_the_dataclass_over_the_defaults_given():
+    assert parse() == Flags()
+    assert parse("--size", "4", "--place", "a b") == Flags(Inner(4), place=Path("a b"))
+    assert parse("--kind", "round", default=Flags(Inner(5), "square")) == Flags(Inner(5), "round")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--siez", "4"], r"Unrecognized options: --siez.* --size"),
+        (["--kind", "oval"], r"'oval'.*'round', 'square'"),
+        (["--size", "big"], r"--size.*'big'"),
+        (["--size", "-1"], r"error: size -1 must be at least 0"),
+        (["--size"], r"--size"),
+        (["word"], r"word"),
+    ],
+)
+@pytest.mark.parametrize("columns", ["40", "200"])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_a_wrong_flag_is_one_line_and_exit_code_2(
+    argv, said, columns, encoding, capsys, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", columns)
+    sys.stdout.reconfigure(encoding=encoding)  # tyro draws its frames by it
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert not set("│╭╰─") & set(err) and "----" not in err
+    if columns == "200":
+        assert re.search(said, err)
+
+
+def test_help_goes_to_stdout_and_exits_with_0(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    out, err = capsys.readouterr()
+    assert (stop.value.code, err) == (0, "")
+    assert "--size" in out and "How large it is." in out and "Test flags." in out
+
+
+# --- running
+
+
+def raising(error):
+    def main():
+        print("before")
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("size 3\n  is wrong"), "error: size 3 is wrong"),
+        (ValueError(), "error: ValueError"),
+        (FileNotFoundError("no dataset at x"), "error: no dataset at x"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), "error: No such file: x"),
+        (OSError(errno.ENOSPC, "No space left"), "error: No space left"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(error, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        files.run(raising(error))
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("before\n", line + "\n")
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        files.run(raising(ZeroDivisionError()))
+
+
+def test_a_script_that_ends_well_returns(capsys):
+    files.run(lambda: print("done"))
+    assert capsys.readouterr() == ("done\n", "")
+
+
+@POSIX
+def test_ctrl_c_is_one_word_and_exit_code_130():
+    process = child("files.run(lambda: (print('on', flush=True), time.sleep(60)))")
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert finished(process) == (130, "", "interrupted\n")
+
+
+@POSIX
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_reader_that_leaves_early_is_no_error(flush):
+    reader, writer = os.pipe()
+    process = child(f"files.run(lambda: print(sys.stdin.read(), flush={flush}))", stdout=writer)
+    os.close(writer)
+    os.close(reader)
+    _, err = process.communicate(b"words", timeout=30)
+    assert (process.returncode, err) == (0, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a full device")
+@pytest.mark.parametrize("flush", [True, False])
+def test_output_to_a_full_disk_is_one_line(flush):
+    with open("/dev/full", "w") as full:
+        process = child(f"files.run(lambda: print('words', flush={flush}))", stdout=full)
+        assert finished(process) == (2, "", "error: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", "café 犬"), ("ascii", r"caf\xe9 \u72ac")]
+)
+def test_a_caption_prints_on_any_terminal(encoding, shown):
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
+    process = child("files.run(lambda: print('café 犬'))", env=env)
+    code, out, err = finished(process)
+    assert (code, out.strip(), err) == (0, shown, "")
+
+
+def test_json_written_to_stdout_reaches_it(tmp_path):
+    if not Path("/dev/stdout").exists():
+        pytest.skip("no /dev/stdout here")
+    code, out, err = finished(child("files.write_json('/dev/stdout', [1])"))
+    assert (code, json.loads(out), err) == (0, [1], "")

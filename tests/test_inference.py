@@ -1,0 +1,451 @@
+"""A picture has one caption, whatever way it comes in, and a script that says what is wrong."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import files
+import inference
+from dataset import Vocabulary
+from decoder import DecoderConfig
+from encoder import Encoder
+from inference import Caption, Captioner, caption
+from model import CaptionModel
+
+ROOT = Path(__file__).parent.parent
+WORDS = ["a", "red", "blue", "circle", "square", "café", "dog", "on"]
+METHODS = ("beam", "greedy", "sample")
+
+
+def tiny_model(seed: int = 0) -> CaptionModel:
+    """An untrained model with weights so large that its captions differ from picture to picture."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = DecoderConfig(d_model=16, n_head=2, n_decode=1, fc_dim=32, seq_len=8)
+        model = CaptionModel(Encoder("tiny", "all"), sizes, Vocabulary(WORDS), 64)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if weights.dim() > 1:
+                weights.mul_(3 if name.startswith("encoder") else 8)
+    return model
+
+
+def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """A smooth picture of its own colours, with no symmetry."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BILINEAR)
+
+
+def run_script(script, *argv, capsys):
+    """Return exit code, stdout and stderr of a script's `main` as its command line runs it."""
+    code = 0
+    try:
+        files.run(lambda: script.main([str(word) for word in argv]))
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny_model().save(folder / "best.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioner(run):
+    return Captioner.load(run, "cpu")
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of twenty pictures of several sizes: more than a batch."""
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(20):
+        picture(number, (64, 48 + number)).save(folder / f"{number:02}.png")
+    return folder
+
+
+@pytest.fixture
+def script(capsys):
+    return lambda *argv: run_script(inference, *argv, capsys=capsys)
+
+
+def texts(captions):
+    return [each.text for each in captions]
+
+
+# --- one caption, whatever the way
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_picture_has_the_same_caption_alone_and_in_any_batch(method, captioner, photos):
+    paths = sorted(photos.iterdir())
+    alone = [captioner.caption(path, method=method) for path in paths]
+    assert len(set(alone)) > 1
+    for batch_size in (1, 7, 64):
+        many = captioner.caption_many(paths, method=method, batch_size=batch_size)
+        assert [captions[0].text for captions in many] == alone
+    backwards = captioner.caption_many(paths[::-1], method=method)
+    assert [captions[0].text for captions in backwards] == alone[::-1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_function_the_class_and_the_script_agree(method, captioner, run, photos, script):
+    paths = sorted(photos.iterdir())
+    function = caption(paths, checkpoint=run, method=method)
+    assert function == [captioner.caption(path, method=method) for path in paths]
+    code, out, err = script(photos, "--checkpoint", run, "--method", method)
+    assert (code, err) == (0, "")
+    expected = [f"{path}\t{text}" for path, text in zip(paths, function, strict=True)]
+    assert out.splitlines() == expected
+
+
+def test_one_image_gives_a_string_and_a_list_gives_a_list(run):
+    one, two = picture(1), picture(2)
+    assert caption(one, checkpoint=run) == caption([one], checkpoint=run)[0]
+    assert caption((one, two), checkpoint=run) == caption([one, two], checkpoint=run)
+    assert caption([], checkpoint=run) == []
+    best = caption(one, checkpoint=run, n=3)
+    assert len(best) == 3 and best[0] == caption(one, checkpoint=run)
+    assert caption([one, two], checkpoint=run, n=3) == [best, caption(two, checkpoint=run, n=3)]
+
+
+def test_every_kind_of_source_has_the_same_caption(captioner, tmp_path):
+    photo = picture(3)
+    photo.save(tmp_path / "photo.png")
+    data = (tmp_path / "photo.png").read_bytes()
+    sources = [tmp_path / "photo.png", str(tmp_path / "photo.png"), data, io.BytesIO(data)]
+    sources += [photo, np.asarray(photo), np.asarray(photo) / 255]
+    first, *others = captioner.caption_many(sources, n=2)
+    assert all(other == first for other in others)
+
+
+def rotated(photo):
+    photo.getexif()[0x0112] = 6
+    return photo.transpose(Image.Transpose.ROTATE_90), {"exif": photo.getexif()}
+
+
+# How a picture is written, and the RGB picture that a reader of it should see.
+KINDS = {
+    "exif rotation.png": (rotated, lambda photo: photo),
+    "greyscale.png": (lambda photo: (photo.convert("L"), {}), lambda photo: photo.convert("L")),
+    "palette.png": (lambda photo: (photo.quantize(8), {}), lambda photo: photo.quantize(8)),
+    "cmyk.tif": (lambda photo: (photo.convert("CMYK"), {}), lambda photo: photo.convert("CMYK")),
+    "rgba.png": (
+        lambda photo: (Image.merge("RGBA", (*photo.split(), Image.new("L", photo.size))), {}),
+        lambda photo: Image.new("RGB", photo.size, "white"),
+    ),
+    "deep.png": (
+        lambda photo: (Image.fromarray(np.asarray(photo.convert("L")).astype("u2") * 257), {}),
+        lambda photo: photo.convert("L"),
+    ),
+    "animated.gif": (
+        lambda photo: (
+            photo.quantize(8),
+            {"save_all": True, "append_images": [picture(9).quantize(8)]},
+        ),
+        lambda photo: photo.quantize(8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_picture_file_is_seen_as_people_see_it(name, captioner, run, tmp_path):
+    write, seen = KINDS[name]
+    image, how = write(picture(4, (64, 40)))
+    image.save(tmp_path / name, **how)
+    expected = seen(picture(4, (64, 40))).convert("RGB")
+    assert caption(tmp_path / name, checkpoint=run) == caption(expected, checkpoint=run)
+    found, wanted = captioner.caption_many([tmp_path / name, expected])
+    assert found[0].log_prob == pytest.approx(wanted[0].log_prob, abs=1e-4)
+
+
+# --- the n best
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7])
+def test_the_n_best_are_sorted_different_and_begin_with_the_best(length_penalty, captioner):
+    captions = captioner.candidates(picture(5), n=5, length_penalty=length_penalty)
+    assert len(set(texts(captions))) == 5
+    lengths = [len(each.text.split()) + 1 for each in captions]  # the end is a word
+    ranks = [c.log_prob / n**length_penalty for c, n in zip(captions, lengths, strict=True)]
+    assert ranks == sorted(ranks, reverse=True)
+    best = captioner.candidates(picture(5), n=1, length_penalty=length_penalty)
+    assert best[0].text == captions[0].text
+
+
+def test_n_above_the_beam_size_widens_the_beam(captioner):
+    assert len(captioner.candidates(picture(5), n=4, beam_size=1)) == 4
+
+
+def test_where_fewer_captions_exist_fewer_are_given(captioner):
+    captions = captioner.candidates(picture(5), n=20, max_words=1)
+    assert sorted(texts(captions)) == sorted(WORDS)
+
+
+def test_a_beam_of_one_is_greedy(captioner):
+    for seed in range(4):
+        beam = captioner.caption(picture(seed), beam_size=1)
+        assert beam == captioner.caption(picture(seed), method="greedy")
+
+
+def test_samples_go_by_the_seed_and_differ_among_themselves(captioner):
+    def drawn(**how):
+        return texts(captioner.candidates(picture(5), n=6, method="sample", **how))
+
+    assert drawn() == drawn(seed=0) != drawn(seed=1)
+    assert len(set(drawn())) > 1
+    assert len(set(drawn(top_k=1))) == 1
+    assert drawn(top_k=1)[0] == captioner.caption(picture(5), method="greedy")
+
+
+def test_two_pictures_are_sampled_by_different_chances(captioner):
+    """So hot that the picture has no say: only chance is left."""
+    hot = {"method": "sample", "temperature": 1e6}
+    assert captioner.caption(picture(1), **hot) != captioner.caption(picture(2), **hot)
+
+
+def test_max_words_bounds_a_caption(captioner):
+    for words in (1, 3):
+        assert len(captioner.caption(picture(5), max_words=words).split()) <= words
+
+
+def test_the_settings_of_a_captioner_hold_until_a_call_says_otherwise(run):
+    greedy = Captioner.load(run, "cpu", method="greedy", max_words=2)
+    plain = Captioner.load(run, "cpu")
+    one = plain.caption(picture(6), method="greedy", max_words=2)
+    assert greedy.caption(picture(6)) == one
+    assert greedy.caption(picture(6), method="beam", max_words=8) == plain.caption(
+        picture(6), max_words=8
+    )
+
+
+# --- the loaded model
+
+
+def test_the_model_stays_loaded_until_its_file_changes(tmp_path, monkeypatch):
+    loads, load = [], CaptionModel.load
+    monkeypatch.setattr(CaptionModel, "load", lambda *argv: loads.append(argv) or load(*argv))
+    path = tmp_path / "best.safetensors"
+    for seed in (1, 2):
+        tiny_model(seed).save(path)
+        expected = Captioner(tiny_model(seed)).caption(picture(7), method="greedy")
+        for place in (tmp_path, path, str(path)):
+            assert caption(picture(7), checkpoint=place, method="greedy") == expected
+        assert len(loads) == seed
+
+
+def test_captioning_leaves_no_mode_behind(captioner):
+    for _ in captioner.caption_many([picture(1), picture(2)], batch_size=1):
+        assert not torch.is_inference_mode_enabled()
+
+
+def test_pictures_are_read_as_they_are_needed(captioner):
+    asked = []
+
+    def source():
+        for seed in range(6):
+            asked.append(seed)
+            yield picture(seed)
+
+    found = captioner.caption_many(source(), batch_size=2)
+    assert asked == []
+    next(found)
+    assert asked == [0, 1]
+
+
+def test_with_no_checkpoint_named_the_shipped_model_is_used_and_said(run, monkeypatch, capsys):
+    shipped = run / "best.safetensors"
+    monkeypatch.setattr(inference, "SHIPPED", shipped)
+    assert Captioner.load(device="cpu").caption(picture(1)) == caption(picture(1), checkpoint=run)
+    assert capsys.readouterr() == ("", f"using the shipped model {shipped}\n")
+
+
+# --- errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"method": "bream"}, "method 'bream' is not known; choose from beam, greedy, sample"),
+        ({"beam_size": 0}, "beam size 0 must be at least 1"),
+        ({"no_repeat_ngram": -1}, "no repeat ngram -1 must be at least 0"),
+        ({"max_words": 0}, "max words 0 must be at least 1"),
+        ({"max_words": 9}, "max words 9 must be between 1 and the model's 8"),
+        ({"top_k": -1}, "top k -1 must be at least 0"),
+        ({"method": "sample", "temperature": 0.0}, "temperature 0.0 must be above 0"),
+        ({"method": "greedy", "n": 2}, "the greedy method has one caption an image"),
+        ({"n": 0}, "n 0 must be at least 1"),
+        ({"method": "sample", "n": -1}, "n -1 must be at least 1"),
+        ({"device": "gpu"}, "device 'gpu' can't be used"),
+        ({"device": "cuda:99"}, "device 'cuda:99' can't be used"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(settings, said, run):
+    with pytest.raises(ValueError, match=said):
+        caption(picture(1), checkpoint=run, **settings)
+
+
+def test_a_batch_of_none_is_refused(captioner):
+    with pytest.raises(ValueError, match="batch size 0 must be at least 1"):
+        next(captioner.caption_many([picture(1)], batch_size=0))
+
+
+def test_without_a_model_the_error_says_how_to_get_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(inference, "SHIPPED", tmp_path / "none.safetensors")
+    with pytest.raises(FileNotFoundError, match="no checkpoint was named and none is shipped"):
+        caption(picture(1))
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        caption(picture(1), checkpoint=tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="not the folder of a run"):
+        caption(picture(1), checkpoint=tmp_path)
+
+
+def broken_checkpoint(kind, run, folder):
+    whole = (run / "best.safetensors").read_bytes()
+    content = {"cut": whole[: len(whole) // 2], "pickle": b"\x80\x04}q.", "empty": b""}
+    (folder / kind).write_bytes(content[kind])
+    return folder / kind
+
+
+@pytest.mark.parametrize("kind", ["cut", "pickle", "empty"])
+def test_a_file_that_is_no_model_is_one_line(kind, run, photos, tmp_path, script):
+    checkpoint = broken_checkpoint(kind, run, tmp_path)
+    output = tmp_path / "out.json"
+    code, out, err = script(photos, "--checkpoint", checkpoint, "--json", output)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {checkpoint} is not a model file") and err.count("\n") == 1
+    assert not output.exists()
+
+
+# --- the script
+
+
+def test_one_photo_prints_its_caption_alone(captioner, run, photos, script):
+    photo = photos / "03.png"
+    code, out, err = script(photo, "--checkpoint", run)
+    assert (code, out, err) == (0, captioner.caption(photo) + "\n", "")
+    code, out, _ = script(photo, "--checkpoint", run, "--n", 3, "--beam-size", 4)
+    assert out.splitlines() == captioner.caption(photo, n=3, beam_size=4)
+
+
+def test_a_folder_of_one_photo_is_printed_like_any_folder(run, tmp_path, script):
+    picture(1).save(tmp_path / "only.png")
+    _, out, _ = script(tmp_path, "--checkpoint", run)
+    assert out == f"{tmp_path / 'only.png'}\t{caption(picture(1), checkpoint=run)}\n"
+
+
+def test_the_json_holds_every_caption_with_its_log_probability(
+    captioner, run, photos, tmp_path, script
+):
+    output = tmp_path / "new" / "captions.json"
+    assert script(photos, "--checkpoint", run, "--n", 2, "--json", output)[0] == 0
+    paths = sorted(photos.iterdir())
+    rows = json.loads(output.read_text(encoding="utf-8"))
+    assert [row["image"] for row in rows] == [str(path) for path in paths]
+    for row, expected in zip(rows, captioner.caption_many(paths, n=2), strict=True):
+        found = [Caption(**each) for each in row["captions"]]
+        assert texts(found) == texts(expected)
+        assert [each.log_prob for each in found] == pytest.approx(
+            [each.log_prob for each in expected], abs=1e-4
+        )
+
+
+def test_one_bad_photo_among_several_costs_only_itself(captioner, run, photos, tmp_path, script):
+    bad, output = tmp_path / "text.jpg", tmp_path / "out.json"
+    bad.write_text("this is no picture")
+    good = [photos / "00.png", photos / "01.png"]
+    lost = tmp_path / "lost.png"
+    code, out, err = script(good[0], bad, lost, good[1], "--checkpoint", run, "--json", output)
+    assert code == 2
+    assert out.splitlines() == [f"{path}\t{captioner.caption(path)}" for path in good]
+    assert err.splitlines() == [
+        f"left out: {bad} is not an image that can be read (no image format that is known)",
+        f"left out: No such file or directory: {lost}",
+        "error: 2 of 4 pictures could not be captioned",
+    ]
+    assert [row["image"] for row in json.loads(output.read_text())] == list(map(str, good))
+
+
+def test_a_bad_photo_alone_is_one_line_and_writes_nothing(run, tmp_path, script):
+    (tmp_path / "text.jpg").write_text("this is no picture")
+    output = tmp_path / "out.json"
+    code, out, err = script(tmp_path / "text.jpg", "--checkpoint", run, "--json", output)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "text.jpg is not an image that can be read" in err
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ((), "no picture was named"),
+        (("nothing",), "No such file or directory: nothing"),
+        (("empty",), "no pictures in the folder empty"),
+        (("photo.png", "--json", "empty"), "cannot write (Is a directory): empty"),
+        (("photo.png", "--json", "photo.png/x"), "cannot write (Not a directory): photo.png/x"),
+        (("photo.png", "photo.png", "--n", "2", "--method", "greedy"), "the greedy method has one"),
+        (("photo.png", "photo.png", "--max-words", "99"), "max words 99 must be between 1 and"),
+        (("photo.png", "--beam-size", "0"), "beam size 0 must be at least 1"),
+        (("photo.png", "--device", "gpu"), "device 'gpu' can't be used"),
+        (("photo.png", "--method", "bream"), "'bream'"),
+        (("photo.png", "--beem-size", "3"), "--beem-size"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    argv, said, run, tmp_path, monkeypatch, script
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    picture(1).save(tmp_path / "photo.png")
+    code, out, err = script(*argv, "--checkpoint", run)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and said in err and err.count("\n") == 1
+
+
+def test_ctrl_c_leaves_no_json(run, photos, tmp_path, monkeypatch, script):
+    def interrupted(self, images, n):
+        next(images)
+        yield [Caption("a dog", -1.0)]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Captioner, "caption_many", interrupted)
+    code, out, err = script(photos, "--checkpoint", run, "--json", tmp_path / "out.json")
+    assert (code, err) == (130, "interrupted\n")
+    assert out == f"{photos / '00.png'}\ta dog\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def command(*argv, **environment):
+    """Run inference.py as a user does."""
+    return subprocess.run(
+        [sys.executable, ROOT / "inference.py", *argv],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def test_the_command_prints_what_the_function_returns(run, photos):
+    done = command(photos / "01.png", "--checkpoint", run, PYTHONIOENCODING="utf-8")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == caption(photos / "01.png", checkpoint=run) + "\n"
+
+
+def test_the_command_says_one_line_about_a_text_file(run, tmp_path):
+    (tmp_path / "text.jpg").write_text("this is no picture")
+    done = command(tmp_path / "text.jpg", "--checkpoint", run)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -1,0 +1,344 @@
+"""The model: what is saved is what is loaded, what learns is what is told, and errors in words.
+
+B images · S image positions · C backbone channels · M captions
+"""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import files
+from dataset import Vocabulary
+from decoder import DECODERS, DecoderConfig
+from decoding import END, PAD, START, beam_search
+from encoder import Encoder
+from losses import cross_entropy
+from model import CaptionModel, checkpoint_file, count_positions, read_checkpoint
+
+KNOWN = ("a", "dog", "runs", "犬", "l'été", "grass", "on", "red", "ball")
+SIZES = {"d_model": 24, "n_decode": 2, "n_head": 3, "fc_dim": 40, "dropout": 0.4, "seq_len": 6}
+IMG_SIZE = 64
+TOKENS = torch.tensor(
+    [[START, 4, 5, 6, END, PAD], [START, 4, 7, 5, 6, END], [START, 9, END, 0, 0, 0]]
+)
+OWNER = torch.tensor([0, 0, 1])
+
+
+def build(
+    name: str = "transformer",
+    backbone: str = "tiny",
+    trained: str = "all",
+    img_size: int = IMG_SIZE,
+) -> CaptionModel:
+    torch.manual_seed(0)
+    config = DecoderConfig(decoder=name, **SIZES)
+    return CaptionModel(Encoder(backbone, trained), config, Vocabulary(KNOWN), img_size)
+
+
+def pixels(count: int = 2, size: int = IMG_SIZE) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def lively(model: CaptionModel) -> CaptionModel:
+    """Return the model with weights and BatchNorm statistics that are nobody's defaults."""
+    model.train()
+    model.encoder(pixels(8))
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(params=DECODERS)
+def model(request) -> CaptionModel:
+    return lively(build(request.param))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Return a small model's file."""
+    path = tmp_path / "run" / "best.safetensors"
+    build().save(path, scores={"CIDEr": 0.5})
+    return path
+
+
+@torch.no_grad()
+def outputs(model: CaptionModel) -> tuple[Tensor, ...]:
+    memory = model.remember(pixels())
+    logits = model(pixels(), TOKENS, OWNER).logits
+    return memory, logits, *beam_search(model.decoder, memory, max_words=6, beam_size=3, n=2)
+
+
+def assert_same(one: CaptionModel, other: CaptionModel) -> None:
+    for mine, theirs in zip(outputs(one), outputs(other), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-6)
+
+
+# ---- saving and loading ----------------------------------------------------------------------
+
+
+def test_a_loaded_model_says_what_the_saved_one_said(model, tmp_path):
+    model.save(tmp_path / "model.safetensors")
+    loaded = CaptionModel.load(tmp_path / "model.safetensors")
+    assert not any(module.training for module in loaded.modules())
+    assert_same(loaded, model.eval())
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[key]), key
+    assert (loaded.vocabulary, loaded.config) == (model.vocabulary, model.config)
+    assert loaded.img_size == model.img_size
+    assert (loaded.encoder.name, loaded.encoder.trained) == ("tiny", "all")
+
+
+def test_a_runs_folder_is_loaded_as_its_file(saved):
+    assert checkpoint_file(saved.parent) == checkpoint_file(str(saved)) == saved
+    assert_same(CaptionModel.load(saved.parent), CaptionModel.load(saved))
+
+
+def test_a_loaded_model_saved_again_is_the_same(saved, tmp_path):
+    CaptionModel.load(saved).save(tmp_path / "again", scores={"CIDEr": 0.5})
+    (about, tensors), (header, again) = read_checkpoint(saved), read_checkpoint(tmp_path / "again")
+    assert about == header and tensors.keys() == again.keys()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items())
+
+
+def test_what_is_said_of_a_model_is_in_its_header_and_cannot_replace_the_model(tmp_path):
+    path = tmp_path / "model.safetensors"
+    build().save(path, scores={"CIDEr": 0.5}, words="犬", format="another", vocabulary=["x"])
+    about, _ = read_checkpoint(path)
+    assert about["scores"] == {"CIDEr": 0.5} and about["words"] == "犬"
+    assert CaptionModel.load(path).vocabulary.words[4:] == KNOWN
+    assert about["model"]["d_model"] == SIZES["d_model"]
+
+
+def test_the_tied_embedding_is_stored_once(saved):
+    shape = (len(KNOWN) + 4, SIZES["d_model"])
+    assert sum(tensor.shape == shape for tensor in load_file(saved).values()) == 1
+
+
+def rewritten(saved, change):
+    """Save the file again after `change(header, tensors)`; header values are JSON."""
+    about, tensors = read_checkpoint(saved)
+    change(about, tensors)
+    save_file(tensors, saved, {key: json.dumps(value) for key, value in about.items()})
+    return saved
+
+
+def test_weights_stored_in_half_precision_are_loaded_as_float32(saved):
+    before = CaptionModel.load(saved)
+
+    def halve(_, tensors):
+        tensors |= {key: each.half() for key, each in tensors.items() if each.dim()}
+
+    after = CaptionModel.load(rewritten(saved, halve))
+    assert {each.dtype for each in after.parameters()} == {torch.float32}
+    for mine, theirs in zip(outputs(before)[:2], outputs(after)[:2], strict=True):
+        torch.testing.assert_close(mine, theirs, atol=0.02, rtol=0.02)
+
+
+def test_a_size_that_an_older_file_does_not_name_has_its_default(saved):
+    older = CaptionModel.load(rewritten(saved, lambda about, _: about["model"].pop("dropout")))
+    assert older.config.dropout == DecoderConfig().dropout
+
+
+def test_loading_never_unpickles(tmp_path):
+    trap = tmp_path / "sprung"
+
+    class Trap:
+        def __reduce__(self):
+            return trap.touch, ()
+
+    bare, zipped = tmp_path / "bare.safetensors", tmp_path / "zipped.safetensors"
+    bare.write_bytes(pickle.dumps(Trap()))
+    torch.save({"weight": Trap()}, zipped)
+    for path in (bare, zipped):
+        with pytest.raises(ValueError, match="is not a model file"):
+            CaptionModel.load(path)
+    assert not trap.exists()
+
+
+# ---- pixels and features ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_cached_features_are_as_good_as_pixels(model):
+    model.eval()
+    features = model.encoder(pixels())
+    assert features.shape == (2, 16, 128)
+    torch.testing.assert_close(model.remember(features), model.remember(pixels()))
+    half = model.remember(features.half())
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, model.remember(pixels()), atol=0.02, rtol=0.02)
+
+
+@torch.no_grad()
+def test_features_of_another_image_size_are_refused(model):
+    with pytest.raises(ValueError, match=r"features have .*\(36, 128\).* built for \(16, 128\)"):
+        model.remember(pixels(size=96))
+
+
+@pytest.mark.parametrize(("size", "positions"), [(64, 16), (96, 36), (32, 4), (16, 1)])
+def test_positions_are_counted_as_the_encoder_makes_them(size, positions):
+    encoder = Encoder("tiny", "all")
+    assert count_positions(encoder, size) == positions
+    assert encoder(pixels(2, size)).shape[1] == positions
+
+
+@pytest.mark.parametrize("training", (True, False))
+def test_counting_positions_leaves_the_encoder_as_it_was(training):
+    encoder = Encoder("tiny", "all").train(training)
+    before = {key: each.clone() for key, each in encoder.state_dict().items()}
+    count_positions(encoder, 64)
+    assert all(module.training == training for module in encoder.modules())
+    assert all(torch.equal(each, before[key]) for key, each in encoder.state_dict().items())
+
+
+def test_an_image_size_too_small_for_the_cnn_is_named_with_its_own():
+    encoder = Encoder("inception_v3")
+    with pytest.raises(ValueError, match=r"--img-size 40 does not fit .*inception_v3.* is 299"):
+        count_positions(encoder, 40)
+
+
+# ---- what learns -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", ("none", "last", "all"))
+def test_what_learns_gets_a_gradient_and_nothing_else_does(trained):
+    model = build("transformer", "resnet18", trained).train()
+    torch.manual_seed(0)
+    logits = model(pixels(), TOKENS, OWNER).logits
+    cross_entropy(logits, TOKENS, 0.1).objective.backward()
+    learned = {name for name, _ in model.learned()}
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (name in learned), name
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+        assert parameter.grad is None or parameter.grad.any(), name
+    cnn = {name for name in learned if name.startswith("encoder.")}
+    assert {name for name, _ in model.decoder.named_parameters(prefix="decoder")} <= learned
+    every = {name for name in model.state_dict() if name.startswith("encoder.")}
+    assert (
+        cnn
+        == {
+            "none": set(),
+            "last": {name for name in every if ".layer3." in name or ".layer4." in name},
+            "all": every,
+        }[trained]
+    )
+
+
+@pytest.mark.parametrize("trained", ("none", "last"))
+def test_batch_normalisation_of_a_pretrained_cnn_never_moves(trained):
+    model = build("transformer", "resnet18", trained).train()
+    norms = [each for each in model.encoder.modules() if isinstance(each, nn.BatchNorm2d)]
+    before = [each.running_mean.clone() for each in norms]
+    model(pixels(), TOKENS, OWNER)
+    assert norms and not any(each.training for each in norms)
+    assert all(torch.equal(a, b.running_mean) for a, b in zip(before, norms, strict=True))
+    assert model.decoder.training
+
+
+def test_what_was_learned_and_the_encoder_are_the_whole_model(model):
+    fresh = build(model.config.decoder)
+    missing = fresh.load_state_dict(dict(model.learned()), strict=False)
+    assert not missing.unexpected_keys and not missing.missing_keys
+    assert_same(fresh.eval(), model.eval())
+
+
+# ---- errors ----------------------------------------------------------------------------------
+
+
+def test_a_missing_checkpoint_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere"):
+        CaptionModel.load(tmp_path / "nowhere.safetensors")
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no best.safetensors in .*first epoch"):
+        CaptionModel.load(tmp_path)
+
+
+@pytest.mark.parametrize("share", (0.0, 0.00001, 0.001, 0.5, 0.9999))
+def test_a_model_file_that_is_cut_short_is_named(saved, share):
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=r"best.safetensors is not a model file, or is cut short"):
+        CaptionModel.load(saved)
+
+
+@pytest.mark.parametrize("content", (b"{}", b"\0" * 99, b"<html>404</html>" * 9, b"\xff" * 99))
+def test_a_file_of_something_else_is_named(tmp_path, content):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors is not a model file"):
+        CaptionModel.load(path)
+
+
+@pytest.mark.parametrize(
+    "metadata", (None, {"format": "pt"}, {"format": '"captions 9"'}, {"a": ""})
+)
+def test_another_programs_safetensors_are_named(tmp_path, metadata):
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(3)}, path, metadata)
+    with pytest.raises(ValueError, match=r"is not a captioning model: .*\"image-captioning 1\""):
+        CaptionModel.load(path)
+
+
+def forget(key):
+    return lambda about, _: about.pop(key)
+
+
+def describe(**changes):
+    return lambda about, _: about["model"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (forget("model"), "'model'"),
+        (forget("vocabulary"), "'vocabulary'"),
+        (describe(fourier=3), "fourier"),
+        (describe(decoder="gpt"), "decoder 'gpt' is not known"),
+        (describe(cnn_backbone="vgg"), "backbone 'vgg' is not known"),
+        (describe(transform="crop"), "image transform 'crop' is not known"),
+        (describe(n_head=7), "not divisible by --n-head 7"),
+    ],
+)
+def test_a_header_that_this_version_cannot_build_is_explained(saved, change, message):
+    with pytest.raises(ValueError, match=r"best.safetensors does not describe a model") as error:
+        CaptionModel.load(rewritten(saved, change))
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda about, tensors: tensors.pop("decoder.embedding.weight"),
+        lambda about, tensors: tensors.update(more=torch.zeros(1)),
+        lambda about, tensors: about["vocabulary"].append("cat"),
+        describe(d_model=48),
+        describe(img_size=128),
+        describe(cnn_backbone="resnet18"),
+    ],
+)
+def test_weights_that_do_not_fit_their_header_are_named_in_a_few_words(saved, change):
+    with pytest.raises(
+        ValueError, match=r"best.safetensors has other weights than it says"
+    ) as error:
+        CaptionModel.load(rewritten(saved, change))
+    assert len(files.explain(error.value)) < 500 + len(str(saved))
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(saved, monkeypatch):
+    before = saved.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        build().save(saved)
+    assert saved.read_bytes() == before
+    assert [each.name for each in saved.parent.iterdir()] == [saved.name]
