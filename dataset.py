@@ -7,7 +7,6 @@ batch of that image, so the CNN runs once per image.
 """
 
 import hashlib
-import random
 import re
 import unicodedata
 from collections import Counter
@@ -272,7 +271,8 @@ def get_loader(
         raise ValueError(f"batch size {batch_size} must be at least 1")
     order = list(range(len(dataset)))
     if shuffle:
-        random.Random(mix(seed, epoch)).shuffle(order)
+        generator = torch.Generator().manual_seed(mix(seed, epoch))
+        order = torch.randperm(len(dataset), generator=generator).tolist()
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][skip:]
     return DataLoader(
         replace(dataset, epoch=epoch),  # its own: a loader of another epoch may still be in use
