@@ -64,6 +64,12 @@ class TrainConfig:
             raise ValueError("--epochs and --batch-size must be at least 1")
         if not (self.lr > 0 and self.cnn_lr > 0):
             raise ValueError(f"--lr {self.lr} and --cnn-lr {self.cnn_lr} must be above 0")
+        for name in ("warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                said = f"--{name.replace('_', '-')} {getattr(self, name)}"
+                raise ValueError(f"{said} must be at least 0 and below 1")
+        if self.grad_clip < 0 or self.weight_decay < 0 or self.patience < 0:
+            raise ValueError("--grad-clip, --weight-decay and --patience must not be below 0")
         if not 0 <= self.ema < 1:
             raise ValueError(f"--ema {self.ema} must be at least 0 and below 1")
 

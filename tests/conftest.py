@@ -2,10 +2,15 @@
 
 import contextlib
 import io
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
+# Before torch is imported, and for subprocesses too: tiny models are fastest on one thread, and
+# runs that are compared bit for bit must use the same number.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
