@@ -14,11 +14,12 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from decoding import PAD, State
 
 # The table of decoders, name → constructor, is at the end of this file.
-DecoderName = Literal["transformer"]
+DecoderName = Literal["transformer", "lstm", "attention-lstm"]
 
 
 @dataclass(frozen=True)
@@ -157,38 +158,58 @@ class Block(nn.Module):
         return x + self.mlp(self.norm_mlp(x)), (key, value)
 
 
-class Transformer(nn.Module):
-    """A pre-norm transformer decoder; the output layer is the word embedding itself (tied)."""
+class Decoder(nn.Module):
+    """What all decoders share: the image's projection, the tied word embedding, their checks."""
 
     def __init__(self, config: DecoderConfig, vocabulary: int, channels: int, positions: int):
         """`vocabulary` V words; the image has `positions` S of `channels` C."""
         super().__init__()
-        width = config.d_model
-        self.heads = config.n_head
-        self.project = nn.Linear(channels, width)
-        self.norm_image = nn.LayerNorm(width)
-        # Large beside the words' 0.02: where a thing is must be plain before what it is is known.
-        self.image_position = nn.Parameter(0.5 * torch.randn(positions, width))
-        self.embedding = nn.Embedding(vocabulary, width)
-        nn.init.normal_(self.embedding.weight, std=width**-0.5)
-        self.word_position = nn.Parameter(0.02 * torch.randn(config.seq_len + 1, width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_decode))
-        self.norm = nn.LayerNorm(width)
+        self.longest, self.positions = config.seq_len, positions
+        self.project = nn.Linear(channels, config.d_model)
+        self.embedding = nn.Embedding(vocabulary, config.d_model)
+        # The output layer is the embedding too: N(0, 1/D) suits both.
+        nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.dropout = nn.Dropout(config.dropout)
 
-    def remember(self, features: Tensor) -> Tensor:
-        """Return memory (B, S, D) of features (B, S, C): the image projected once.
-
-        Raises ValueError where S or C is not what the decoder was built for.
-        """
-        expected = len(self.image_position), self.project.in_features
+    def check(self, features: Tensor) -> None:
+        """Raise ValueError where `features` (B, S, C) are not what this was built for."""
+        expected = self.positions, self.project.in_features
         if features.shape[1:] != expected:
             raise ValueError(
                 f"features have (positions, channels) {tuple(features.shape[1:])}, but the decoder "
                 f"was built for {expected}; use the image size and CNN it was trained with"
             )
-        memory = self.norm_image(self.project(features)) + self.image_position
-        return self.dropout(memory)
+
+    def words(self, tokens: Tensor) -> Tensor:
+        """Return (M, T-1), True where the target in `tokens` (M, T) is a word or the end.
+
+        Raises ValueError on captions of more than `--seq-len` words.
+        """
+        real = tokens[:, 1:] != PAD
+        if real.shape[1] > self.longest + 1 and real[:, self.longest + 1 :].any():
+            raise ValueError(
+                f"a caption is longer than the decoder's {self.longest} words (--seq-len)"
+            )
+        return real
+
+
+class Transformer(Decoder):
+    """A pre-norm transformer decoder; the output layer is the word embedding itself (tied)."""
+
+    def __init__(self, config: DecoderConfig, vocabulary: int, channels: int, positions: int):
+        super().__init__(config, vocabulary, channels, positions)
+        width, self.heads = config.d_model, config.n_head
+        self.norm_image = nn.LayerNorm(width)
+        # Large beside the words' 0.02: where a thing is must be plain before what it is is known.
+        self.image_position = nn.Parameter(0.5 * torch.randn(positions, width))
+        self.word_position = nn.Parameter(0.02 * torch.randn(config.seq_len + 1, width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_decode))
+        self.norm = nn.LayerNorm(width)
+
+    def remember(self, features: Tensor) -> Tensor:
+        """Return memory (B, S, D) of features (B, S, C): the image projected once."""
+        self.check(features)
+        return self.dropout(self.norm_image(self.project(features)) + self.image_position)
 
     def embed(self, tokens: Tensor, position: Tensor | int) -> Tensor:
         """Return the first layer's words (…, D) of `tokens` (…) at their places in the caption."""
@@ -205,12 +226,7 @@ class Transformer(nn.Module):
         `memory` (B, S, D); `owner` (M,) the image of each caption, in any order. Only words are
         worked on: logits at padding are zero. Raises ValueError on captions that are too long.
         """
-        inputs, real = tokens[:, :-1], tokens[:, 1:] != PAD
-        limit = len(self.word_position)
-        if inputs.shape[1] > limit and real[:, limit:].any():
-            raise ValueError(
-                f"a caption is longer than the decoder's {limit - 1} words (--seq-len)"
-            )
+        inputs, real = tokens[:, :-1], self.words(tokens)
         layout = Layout(real, owner, len(memory))
         x = self.embed(inputs[layout.caption, layout.position], layout.position)
         for block in self.blocks:
@@ -238,12 +254,189 @@ class Transformer(nn.Module):
         return self.logits(x).log_softmax(-1), State(state.image, tuple(beam))
 
 
-DECODERS: dict[str, Callable[..., nn.Module]] = {"transformer": Transformer}
+class LSTM(Decoder):
+    """Show and Tell (arXiv 1411.4555): the pooled image is the first thing the LSTM reads.
+
+    Words and image are D wide, the LSTM is `fc_dim` wide, with a linear layer back to D before the
+    output layer, which is the word embedding itself (tied).
+    """
+
+    def __init__(self, config: DecoderConfig, vocabulary: int, channels: int, positions: int):
+        super().__init__(config, vocabulary, channels, positions)
+        between = config.dropout if config.n_decode > 1 else 0.0
+        sizes = config.d_model, config.fc_dim, config.n_decode
+        self.lstm = nn.LSTM(*sizes, batch_first=True, dropout=between)
+        self.output = nn.Linear(config.fc_dim, config.d_model)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def remember(self, features: Tensor) -> Tensor:
+        """Return memory (B, 1, D) of features (B, S, C): their mean through linear and ReLU."""
+        self.check(features)
+        return self.dropout(self.project(features.mean(1, keepdim=True)).relu())
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(…, fc_dim) -> (…, V)"""
+        return F.linear(self.output(self.dropout(x)), self.embedding.weight, self.bias)
+
+    def forward(self, memory: Tensor, tokens: Tensor, owner: Tensor) -> Taught:
+        """Return logits (M, T-1, V) of `tokens` (M, T) by teacher forcing.
+
+        `memory` (B, 1, D) is read once an image; its captions, `owner` (M,), go on from there.
+        Sequences are packed: the LSTM does not run over padding.
+        """
+        real = self.words(tokens)
+        if not len(tokens):
+            return Taught(memory.new_zeros(*real.shape, len(self.bias)))
+        _, state = self.lstm(memory)
+        state = tuple(part[:, owner].contiguous() for part in state)
+        words = pack_padded_sequence(
+            self.dropout(self.embedding(tokens[:, :-1])),
+            real.sum(1).cpu(),
+            batch_first=True,
+            enforce_sorted=False,
+        )
+        heard, _ = pad_packed_sequence(
+            self.lstm(words, state)[0], batch_first=True, total_length=real.shape[1]
+        )
+        return Taught(unpacked(self.logits(heard[real]), real))
+
+    def start(self, memory: Tensor) -> State:
+        """Return the state after the image, before the first word: h and c (B, 1, L, fc_dim)."""
+        _, state = self.lstm(memory)
+        return State((), tuple(part.transpose(0, 1)[:, None] for part in state))
+
+    def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+        """Return log-probabilities (B, K, V) after `token` (B, K), and the next state."""
+        words = self.dropout(self.embedding(token)).flatten(0, 1)[:, None]  # (B*K, 1, D)
+        before = tuple(part.flatten(0, 1).transpose(0, 1).contiguous() for part in state.beam)
+        heard, after = self.lstm(words, before)
+        beam = tuple(part.transpose(0, 1).unflatten(0, token.shape) for part in after)
+        return self.logits(heard.view(*token.shape, -1)).log_softmax(-1), State((), beam)
+
+
+class AttentionLSTM(Decoder):
+    """Show, Attend and Tell (arXiv 1502.03044): at each word the LSTM looks at the image anew.
+
+    Soft attention by a small network over image positions, its result gated; the LSTM begins from
+    the mean of the image; word, LSTM and what was seen make the next word together.
+    """
+
+    def __init__(self, config: DecoderConfig, vocabulary: int, channels: int, positions: int):
+        super().__init__(config, vocabulary, channels, positions)
+        width, hidden, self.layers = config.d_model, config.fc_dim, config.n_decode
+        self.norm_image = nn.LayerNorm(width)
+        self.key, self.query = nn.Linear(width, width), nn.Linear(hidden, width)
+        self.score = nn.Linear(width, 1)
+        self.gate = nn.Linear(hidden, width)
+        self.first = nn.Linear(width, 2 * hidden * self.layers)
+        self.cells = nn.ModuleList(
+            nn.LSTMCell(hidden if layer else 2 * width, hidden) for layer in range(self.layers)
+        )
+        self.hidden_out, self.seen_out = nn.Linear(hidden, width), nn.Linear(width, width)
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+
+    def remember(self, features: Tensor) -> Tensor:
+        """Return memory (B, S, D) of features (B, S, C): the image projected once."""
+        self.check(features)
+        return self.dropout(self.norm_image(self.project(features)))
+
+    def logits(self, words: Tensor, hidden: Tensor, seen: Tensor) -> Tensor:
+        """Return logits (…, V) of the word read (…, D), the LSTM (…, fc_dim) and the image."""
+        x = words + self.hidden_out(self.dropout(hidden)) + self.seen_out(seen)
+        return F.linear(self.dropout(x.tanh()), self.embedding.weight, self.bias)
+
+    def begin(self, memory: Tensor) -> tuple[Tensor, ...]:
+        """Return h and c of each layer in turn, each (B, fc_dim), from the image's mean."""
+        return self.first(memory.mean(1)).tanh().chunk(2 * self.layers, dim=-1)
+
+    def look(self, memory: Tensor, keys: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is seen (B, K, D) and the attention (B, K, S), for `hidden` (B, K, fc_dim).
+
+        `keys` (B, S, D) is the image's part of the score, the same at every word.
+        """
+        mixed = (keys[:, None] + self.query(hidden)[:, :, None]).tanh()  # (B, K, S, D)
+        attention = self.score(mixed)[..., 0].softmax(-1)
+        return self.gate(hidden).sigmoid() * (attention @ memory), attention
+
+    def advance(
+        self, words: Tensor, state: tuple[Tensor, ...], memory: Tensor, keys: Tensor
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Return the state after `words` (B, K, D), what was seen and the attention.
+
+        `state` holds h and c of each layer in turn, each (B, K, fc_dim).
+        """
+        seen, attention = self.look(memory, keys, state[-2])
+        x, after = torch.cat([words, seen], -1).flatten(0, 1), []
+        for layer, cell in enumerate(self.cells):
+            before = (part.flatten(0, 1) for part in state[2 * layer : 2 * layer + 2])
+            x, c = cell(self.dropout(x) if layer else x, tuple(before))
+            after += [x, c]
+        return tuple(part.unflatten(0, words.shape[:2]) for part in after), seen, attention
+
+    def forward(self, memory: Tensor, tokens: Tensor, owner: Tensor) -> Taught:
+        """Return logits (M, T-1, V) and attention (M, T-1, S) by teacher forcing.
+
+        `memory` (B, S, D), `tokens` (M, T), `owner` (M,). Captions run longest first, and each
+        leaves when it ends, so that no step works on padding.
+        """
+        real = self.words(tokens)
+        if not len(tokens):
+            return Taught(memory.new_zeros(*real.shape, len(self.bias)))
+        lengths, order = real.sum(1).sort(descending=True, stable=True)
+        growing = (lengths[:, None] > torch.arange(real.shape[1], device=lengths.device)).sum(0)
+        words = self.dropout(self.embedding(tokens[order, :-1]))
+        keys, owner = self.key(memory)[owner[order]], owner[order]
+        image, state = memory[owner], tuple(part[owner][:, None] for part in self.begin(memory))
+        hidden, seen, attention = [], [], []
+        for position, count in enumerate(growing.tolist()):
+            if not count:
+                break
+            state, saw, where = self.advance(
+                words[:count, position, None],
+                tuple(part[:count] for part in state),
+                image[:count],
+                keys[:count],
+            )
+            for kept, new in ((hidden, state[-2]), (seen, saw), (attention, where)):
+                kept.append(new[:, 0])
+        # The steps one after another are the words of `words` column by column.
+        columns = real[order].T
+        spoken = self.logits(words.transpose(0, 1)[columns], torch.cat(hidden), torch.cat(seen))
+        back = order.argsort()
+        return Taught(
+            unpacked(spoken, columns).transpose(0, 1)[back],
+            unpacked(torch.cat(attention), columns).transpose(0, 1)[back],
+        )
+
+    def start(self, memory: Tensor) -> State:
+        """Return the state before the first word: the image projected once, h and c of its mean."""
+        return State((memory, self.key(memory)), tuple(x[:, None] for x in self.begin(memory)))
+
+    def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
+        """Return log-probabilities (B, K, V) after `token` (B, K), and the next state."""
+        words = self.dropout(self.embedding(token))
+        beam, seen, attention = self.advance(words, state.beam, *state.image)
+        log_probs = self.logits(words, beam[-2], seen).log_softmax(-1)
+        return log_probs, State(state.image, beam, attention)
+
+
+def unpacked(words: Tensor, real: Tensor) -> Tensor:
+    """Return `words` (N, X) where `real` (rows, columns) is True, zeros elsewhere."""
+    return words.new_zeros(*real.shape, words.shape[-1]).index_put(
+        real.nonzero(as_tuple=True), words
+    )
+
+
+DECODERS: dict[str, Callable[..., Decoder]] = {
+    "transformer": Transformer,
+    "lstm": LSTM,
+    "attention-lstm": AttentionLSTM,
+}
 
 
 def build_decoder(
     config: DecoderConfig, *, vocabulary: int, channels: int, positions: int
-) -> nn.Module:
+) -> Decoder:
     """Return the decoder `config` names, for V words and images of S positions of C channels."""
     if config.decoder not in DECODERS:
         known = ", ".join(DECODERS)
