@@ -37,3 +37,12 @@ def cross_entropy(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) 
         uniform = -log_probs.mean(-1).sum()
         objective = (1 - label_smoothing) * nll + label_smoothing * uniform
     return Loss(objective, nll.detach(), len(caption))
+
+
+def unlooked(attention: Tensor) -> Tensor:
+    """Return the doubly stochastic penalty of attention (M, T-1, S), zero where there is no word.
+
+    It is smallest where each image position gets as much attention over a caption's words as any
+    other: the mean of (1 - its sum over the words) squared (arXiv 1502.03044, section 4.2.1).
+    """
+    return (1 - attention.sum(1)).square().mean()

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,19 @@ from trainer import TrainConfig, Trainer, load_state, save_state
 
 log = logging.getLogger(__name__)
 
-# What a dataset changes of the fields' defaults; flags win over it.
+# Known models as flags. What a preset says wins over the dataset's defaults, flags win over it.
+PRESETS: dict[str, dict[str, Any]] = {
+    "resnet-transformer": {},
+    "show-and-tell": {
+        "cnn_backbone": "inception_v3", "decoder": "lstm", "d_model": 512, "fc_dim": 512,
+        "n_decode": 1, "dropout": 0.5,
+    },
+    "show-attend-tell": {
+        "cnn_backbone": "resnet101", "decoder": "attention-lstm", "d_model": 512, "fc_dim": 512,
+        "n_decode": 1, "dropout": 0.5,
+    },
+}  # fmt: skip
+# What a dataset changes of the fields' defaults; flags and presets win over it.
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     "shapes": {
         "cnn_backbone": "tiny",
@@ -66,9 +78,19 @@ IDENTITY = (
 
 
 @dataclass(frozen=True)
+class PresetConfig:
+    """A known model."""
+
+    preset: Literal[tuple(PRESETS)] = "resnet-transformer"
+    """Sets the flags of a model: resnet-transformer (this project's own), show-and-tell (arXiv
+    1411.4555: Inception-v3, LSTM), show-attend-tell (arXiv 1502.03044: ResNet-101, attention)."""
+
+
+@dataclass(frozen=True)
 class Config:
     """All flags: one field is one flag and one entry of config.json."""
 
+    preset: PresetConfig = field(default_factory=PresetConfig)
     data: DataConfig = field(default_factory=DataConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
@@ -99,14 +121,14 @@ def updated(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def configure(argv: list[str] | None) -> Config:
-    """Return the flags: those given, over a resumed run's, over the dataset's, over defaults."""
+    """Return the flags given, over a resumed run's, the preset's, the dataset's and defaults."""
 
     def read(default: Config) -> Config:
         described = "Train an image captioner; --dataset shapes needs no download."
         return files.parse(Config, argv, program="train.py", description=described, default=default)
 
     given = read(Config())
-    changes = DATASET_DEFAULTS.get(given.data.dataset, {})
+    changes = DATASET_DEFAULTS.get(given.data.dataset, {}) | PRESETS[given.preset.preset]
     stored: dict[str, Any] = {}
     if given.train.resume:
         stored = read_run(given.train.output or Path("runs") / given.data.dataset)

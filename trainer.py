@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import files
 from dataset import mix
 from encoder import fingerprint
-from losses import cross_entropy
+from losses import cross_entropy, unlooked
 from model import CaptionModel
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,8 @@ class TrainConfig:
     """AdamW's decay of weight matrices."""
     label_smoothing: float = 0.1
     """Share of the target spread over all words."""
+    attention_penalty: float = 1.0
+    """Weight of the penalty for parts of the image not looked at (attention-lstm)."""
     grad_clip: float = 1.0
     """Largest norm of the gradient (0: no limit)."""
     ema: float = 0.998
@@ -128,8 +130,11 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
             taught = self.model(*(each.to(self.device) for each in (inputs, tokens, owner)))
         loss = cross_entropy(taught.logits, tokens.to(self.device), config.label_smoothing)
+        objective = loss.objective / loss.words
+        if taught.attention is not None:
+            objective = objective + config.attention_penalty * unlooked(taught.attention)
         self.optimizer.zero_grad(set_to_none=True)
-        (loss.objective / loss.words).backward()
+        objective.backward()
         if config.grad_clip:
             learning = [each for group in self.optimizer.param_groups for each in group["params"]]
             nn.utils.clip_grad_norm_(learning, config.grad_clip)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decoding import END, PAD, START
-from losses import cross_entropy
+from losses import cross_entropy, unlooked
 
 SIZE = 11
 SMOOTHINGS = (0.0, 0.1, 0.7)
@@ -128,3 +128,13 @@ def test_a_batch_of_padding_costs_nothing(smoothing):
     loss = cross_entropy(logits, torch.full_like(tokens, PAD), smoothing)
     assert float(loss.objective.detach()) == float(loss.nll) == loss.words == 0
     assert not gradient(loss.objective, logits).any()
+
+
+def test_even_attention_has_no_penalty_and_staring_has_one():
+    even = torch.full((2, 4, 4), 0.25)
+    staring = torch.zeros(1, 4, 4)
+    staring[..., 0] = 1
+    assert unlooked(even) == 0
+    assert unlooked(staring) == pytest.approx((9 + 3) / 4)
+    padded = torch.cat([even, torch.zeros(2, 3, 4)], 1)
+    assert unlooked(padded) == 0

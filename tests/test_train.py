@@ -325,6 +325,25 @@ def test_every_learning_parameter_is_in_one_group_and_vectors_do_not_decay():
             assert (group["weight_decay"] > 0) == (parameter.dim() > 1)
 
 
+@pytest.mark.parametrize("decoder", ["lstm", "attention-lstm"])
+def test_every_decoder_trains_and_resumes_exactly(decoder, drawn, tmp_path):
+    place = ["--data-dir", str(drawn), "--decoder", decoder]
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    train.main([*SMALL, *place, "--output", str(whole)])
+    train.main([*SMALL, *place, "--output", str(parted)])
+    (parted / "last.pt").unlink()  # as if it had been stopped after the first epoch
+    train.main(["--resume", "--output", str(parted)])
+    assert_same_run(whole, parted)
+
+
+def test_flags_win_over_the_preset_and_the_preset_over_the_dataset():
+    config = train.configure(["--dataset", "shapes", "--preset", "show-and-tell", "--d-model", "8"])
+    flags = train.flat(config)
+    assert (flags["cnn_backbone"], flags["decoder"]) == ("inception_v3", "lstm")  # the preset's
+    assert flags["d_model"] == 8 and flags["fc_dim"] == 512
+    assert (flags["cnn_weights"], flags["epochs"]) == ("none", 6)  # the dataset's
+
+
 def test_shapes_captions_are_true_of_their_pictures(shapes_run):
     images = files.read_json(shapes_run.data / "captions.json")["images"]
     test = [image for image in images if image["split"] == "test"]
