@@ -32,7 +32,7 @@ UNREADABLE = (ValueError, FileNotFoundError, PermissionError)
 class Record(NamedTuple):
     """One image: `image_id` is its file name (COCO: its integer id), `captions` as written."""
 
-    image_id: str
+    image_id: str | int
     path: Path
     captions: tuple[str, ...]
 
@@ -207,10 +207,15 @@ def split_by_image(names: Iterable[str], seed: int) -> dict[str, list[str]]:
 
     Images are ordered by a hash of seed and name: the same everywhere, whatever the file's order.
     """
-    ordered = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
+    ordered = sorted(names, key=lambda name: shuffled(name, seed))
     part = max(1, len(ordered) // 8)
     parts = (ordered[2 * part :], ordered[:part], ordered[part : 2 * part])
     return {split: sorted(names) for split, names in zip(SPLITS, parts, strict=True)}
+
+
+def shuffled(name: object, seed: int) -> bytes:
+    """Return what to sort `name` by for an order by chance that depends on nothing else."""
+    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
 
 def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> list[Record]:
@@ -233,6 +238,102 @@ def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> list[Recor
     return _records(list(captions), captions, folders, path.parent, split)
 
 
+def read_flickr30k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
+    """Return the records of a split of Flickr30k: Karpathy's JSON and a folder of images."""
+    folders = _folders(root)
+    karpathy = _find(folders, "dataset_flickr30k.json")
+    if not karpathy:
+        raise FileNotFoundError(
+            f"no dataset_flickr30k.json in {root} or its folders; run python download_data.py "
+            "flickr30k or give --data-dir"
+        )
+    return read_karpathy(karpathy, folders, split)
+
+
+COCO_TEST = 5000  # images of val that become test where no split file says otherwise
+
+
+def read_coco(root: Path, split: str, split_seed: int = 0) -> list[Record]:
+    """Return the records of a split of COCO captions, 2014 or 2017; image ids are integers.
+
+    With Karpathy's `dataset_coco.json` its splits; else the official annotations, train as given
+    and val parted: its images, shuffled by `split_seed`, give the first 5,000 (half of them where
+    there are fewer than 10,000) to test and the others to val.
+    """
+    folders = _folders(root)
+    karpathy = _find(folders, "dataset_coco.json")
+    if karpathy:
+        return _coco_records(*_coco_karpathy(karpathy, split), folders, root, split)
+    part = "train" if split == "train" else "val"
+    found = [_find(folders, f"captions_{part}{year}.json") for year in (2014, 2017)]
+    path = next(filter(None, found), None)
+    if not path:
+        raise SplitMissingError(
+            f"no captions of COCO's {split} split in {root}: looked for captions_{part}2014.json, "
+            f"captions_{part}2017.json and dataset_coco.json there and in its folders; run python "
+            "download_data.py coco or give --data-dir"
+        )
+    names, captions = _coco_annotations(path)
+    if part == "val":
+        order = sorted(names, key=lambda one: shuffled(one, split_seed))
+        test = order[: min(COCO_TEST, len(order) // 2)]
+        chosen = set(test) if split == "test" else set(names) - set(test)
+        names = {image_id: name for image_id, name in names.items() if image_id in chosen}
+    return _coco_records(names, captions, folders, root, split)
+
+
+def _coco_annotations(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """Return image id → file name and image id → captions of an official annotation file."""
+    value = files.read_json(path)
+    try:
+        names = {int(image["id"]): image["file_name"] for image in value["images"]}
+        captions: dict[int, list[str]] = {}
+        for one in value["annotations"]:
+            captions.setdefault(int(one["image_id"]), []).append(one["caption"].strip())
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f'{path} is not a COCO captions file: expected {{"images": [{{"id", "file_name"}}], '
+            f'"annotations": [{{"image_id", "caption"}}]}} ({type(error).__name__}: {error})'
+        ) from error
+    if not names.keys() & captions.keys():
+        raise ValueError(f"{path}: no caption's image_id is the id of an image")
+    return names, captions
+
+
+def _coco_karpathy(path: Path, split: str) -> tuple[dict[int, str], dict[int, list[str]]]:
+    """Return what `_coco_annotations` does, from Karpathy's JSON; `restval` joins train."""
+    value = files.read_json(path)
+    wanted = (split, "restval") if split == "train" else (split,)
+    try:
+        images = [image for image in value["images"] if image["split"] in wanted]
+        names = {int(image["cocoid"]): image["filename"] for image in images}
+        captions = {
+            int(image["cocoid"]): [one["raw"].strip() for one in image["sentences"]]
+            for image in images
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not Karpathy's COCO file ({type(error).__name__}: {error})"
+        ) from error
+    if not names:
+        raise _missing_split(path, split, [])
+    return names, captions
+
+
+def _coco_records(
+    names: dict[int, str],
+    captions: dict[int, list[str]],
+    folders: Sequence[Path],
+    root: Path,
+    split: str,
+) -> list[Record]:
+    """Return records with integer ids; restval's images lie in another folder than train's."""
+    by_name = {Path(name).name: image_id for image_id, name in names.items()}
+    lines = {name: captions.get(image_id, []) for name, image_id in by_name.items()}
+    records = _records(list(by_name), lines, folders, root, split)
+    return [record._replace(image_id=by_name[record.image_id]) for record in records]
+
+
 def read_shapes(root: Path, split: str, split_seed: int = 0) -> list[Record]:
     """Return the records of a split of the drawn shapes, drawing them into `root` first."""
     shapes.draw(root)
@@ -247,8 +348,8 @@ def _records(
     split: str,
 ) -> list[Record]:
     """Return records for `names`, leaving out (with a line) those with no image or no caption."""
-    folder, present = _image_folder(folders, names)
-    if not present:
+    places = _image_files(folders, names)
+    if not places:
         raise SplitMissingError(
             f"no image of the {split} split in {root} or its folders (wanted {names[0]} and "
             f"{len(names) - 1} more)"
@@ -256,24 +357,29 @@ def _records(
     described = {name: tuple(filter(None, captions.get(name, ()))) for name in names}
     if not any(described.values()):
         raise SplitMissingError(f"no captions of the {split} split in {root} (wanted {names[0]} …)")
-    lost = [name for name in names if name not in present or not described[name]]
+    lost = [name for name in names if name not in places or not described[name]]
     leave_out(lost, len(names), f"of the {split} split have no image file or no caption")
     return [
-        Record(name, folder / name, lines)
+        Record(name, places[name], lines)
         for name, lines in described.items()
-        if lines and name in present
+        if lines and name in places
     ]
 
 
-def _image_folder(folders: Sequence[Path], names: Sequence[str]) -> tuple[Path, set[str]]:
-    """Return the folder that holds the most of `names`, and those it holds."""
+def _image_files(folders: Sequence[Path], names: Iterable[str]) -> dict[str, Path]:
+    """Return where each of `names` is, the folder that holds the most of them first."""
     wanted = set(names)
     found = [(folder, wanted.intersection(os.listdir(folder))) for folder in folders]
-    return max(found, key=lambda pair: len(pair[1]))
+    places: dict[str, Path] = {}
+    for folder, held in sorted(found, key=lambda pair: -len(pair[1])):
+        places = {name: folder / name for name in held} | places
+    return places
 
 
 DATASETS: dict[str, Callable[..., Sequence[Record]]] = {
     "flickr8k": read_flickr8k,
+    "flickr30k": read_flickr30k,
+    "coco": read_coco,
     "shapes": read_shapes,
 }
 
