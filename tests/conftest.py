@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import pytest
 # Before torch is imported, and for subprocesses too: tiny models are fastest on one thread, and
 # runs that are compared bit for bit must use the same number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell's background job, which a test run may be, ignores Ctrl-C, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ WORDS = ["a", "red", "blue", "circle", "square", "café", "dog", "on"]
 METHODS = ("beam", "greedy", "sample")
 
 
-def tiny_model(seed: int = 0) -> CaptionModel:
+def tiny_model(seed: int = 13) -> CaptionModel:
     """An untrained model with weights so large that its captions differ from picture to picture."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
