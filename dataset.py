@@ -22,7 +22,8 @@ from torch.utils.data import DataLoader, Dataset
 import files
 from decoding import END, PAD, START, UNK
 from images import read_image
-from layouts import DATASETS, Record, load_split
+from layouts import DATASETS, load_split
+from records import Record
 
 __all__ = [
     "DATASETS",

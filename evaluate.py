@@ -20,8 +20,9 @@ import files
 import metrics
 from features import encode_images
 from inference import Captioner, DecodingConfig, decode, spoken
-from layouts import DATASETS, SPLITS, Record, leave_out, load_split
+from layouts import DATASETS, load_split
 from model import CaptionModel
+from records import SPLITS, Record, leave_out
 
 log = logging.getLogger(__name__)
 

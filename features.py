@@ -24,7 +24,7 @@ from tqdm import tqdm
 import files
 from encoder import TRANSFORM, Encoder, fingerprint, folded, image_transform
 from images import read_image
-from layouts import MAX_LEFT_OUT, UNREADABLE, Record, leave_out
+from records import MAX_LEFT_OUT, UNREADABLE, Record, leave_out
 
 SAVE_EVERY = 16  # batches between two notes of how far the extraction has come
 

@@ -4,78 +4,26 @@ Reading a split gives `Record`s, one an image with all its captions. A dataset i
 one row in `DATASETS`.
 """
 
-import csv
-import hashlib
-import io
-import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from tqdm import tqdm
 
 import files
 import shapes
-from images import read_image
-
-log = logging.getLogger(__name__)
-
-SPLITS = ("train", "val", "test")
-MAX_LEFT_OUT = 0.01  # of a split's images may be missing or unreadable
-# What `read_image` raises for a file of its own fault; a failing disk or network drive is not left
-# out but stops the work.
-UNREADABLE = (ValueError, FileNotFoundError, PermissionError)
-
-
-class Record(NamedTuple):
-    """One image: `image_id` is its file name (COCO: its integer id), `captions` as written."""
-
-    image_id: str | int
-    path: Path
-    captions: tuple[str, ...]
-
-
-class SplitMissingError(FileNotFoundError):
-    """The data are there, but not this split of them."""
-
-
-def leave_out(lost: Sequence[str], total: int, what: str) -> None:
-    """Log the images that are left out and why; more than 1 % of `total` is a ValueError."""
-    if not lost:
-        return
-    shown = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
-    line = f"{len(lost)} of {total} images {what}: {shown}"
-    if len(lost) > MAX_LEFT_OUT * total:
-        raise ValueError(f"{line}; more than 1 % is too many to leave out, repair the dataset")
-    log.warning("left out: %s", line)
-
-
-def readable(records: Sequence[Record]) -> list[Record]:
-    """Return the records whose image can be read, having read them all; the others are listed."""
-
-    def reads(record: Record) -> bool:
-        try:
-            read_image(record.path)
-        except UNREADABLE:
-            return False
-        return True
-
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = list(
-            tqdm(
-                pool.map(reads, records),
-                total=len(records),
-                desc="checking images",
-                unit=" images",
-                disable=None,
-                leave=False,
-            )
-        )
-    lost = [record.image_id for record, good in zip(records, results, strict=True) if not good]
-    leave_out(lost, len(records), "can't be read")
-    return [record for record, good in zip(records, results, strict=True) if good]
+from records import (
+    SPLITS,
+    Record,
+    SplitMissingError,
+    check_inside,
+    find,
+    make_records,
+    missing_split,
+    read_names,
+    search_folders,
+    shuffled,
+    split_by_image,
+)
+from tables import read_table, read_text
 
 
 def read_flickr8k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
@@ -85,13 +33,13 @@ def read_flickr8k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
     Karpathy's JSON; `root` or a folder in it. Splits come from the official lists where there are
     any, else from the JSON, else each image's place in an order shuffled by `split_seed`.
     """
-    folders = _folders(root)
+    folders = search_folders(root)
     lists = {
-        name: _find(folders, f"Flickr_8k.{word}Images.txt")
+        name: find(folders, f"Flickr_8k.{word}Images.txt")
         for name, word in (("train", "train"), ("val", "dev"), ("test", "test"))
     }
-    token = _find(folders, "Flickr8k.token.txt") or _find(folders, "captions.txt")
-    karpathy = _find(folders, "dataset_flickr8k.json") or _find(folders, "dataset.json")
+    token = find(folders, "Flickr8k.token.txt", "captions.txt")
+    karpathy = find(folders, "dataset_flickr8k.json", "dataset.json")
     if karpathy and not (token and any(lists.values())):
         return read_karpathy(karpathy, folders, split)
     if not token:
@@ -104,54 +52,21 @@ def read_flickr8k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
     if not captions:
         raise ValueError(f"{token} holds no captions")
     if any(lists.values()):
-        names = _names(lists[split]) if lists[split] else []
+        names = read_names(lists[split]) if lists[split] else []
         others = [name for name, path in lists.items() if path and name != split]
     else:
         splits = split_by_image(captions, split_seed)
         names = splits[split]
         others = [name for name, part in splits.items() if part]
     if not names:
-        raise _missing_split(root, split, others)
-    return _records(names, captions, folders, root, split)
-
-
-def _folders(root: Path) -> list[Path]:
-    """Return `root` and the folders in it, hidden ones and Mac leftovers aside, for two levels."""
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"no dataset at {root}: there is no such folder; run python download_data.py or give "
-            "--data-dir, the folder that holds the dataset's files"
-        )
-    inside = _subfolders(root)
-    return [root, *inside, *(deeper for folder in inside for deeper in _subfolders(folder))]
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    """Return the folders in `folder` that may be read: a disk's lost+found is none of ours."""
-    with os.scandir(folder) as entries:
-        return sorted(
-            Path(entry.path)
-            for entry in entries
-            if not entry.name.startswith((".", "__MACOSX"))
-            and entry.is_dir()
-            and os.access(entry.path, os.R_OK | os.X_OK)
-        )
-
-
-def _find(folders: Sequence[Path], name: str) -> Path | None:
-    return next((folder / name for folder in folders if (folder / name).is_file()), None)
-
-
-def _missing_split(root: Path, split: str, present: Sequence[str]) -> SplitMissingError:
-    return SplitMissingError(
-        f"no {split} split in {root}; it holds {', '.join(present) if present else 'no split'}"
-    )
+        raise missing_split(root, split, others)
+    return make_records(names, captions, folders, root, split)
 
 
 def read_token_file(path: Path) -> dict[str, list[str]]:
     """Return image name → captions from lines `name.jpg#0<TAB>caption`."""
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         key, tab, caption = line.partition("\t")
@@ -166,56 +81,11 @@ def read_token_file(path: Path) -> dict[str, list[str]]:
 
 
 def read_csv_file(path: Path) -> dict[str, list[str]]:
-    """Return image name → captions from a CSV with the header `image,caption`."""
+    """Return image name → captions from a table with the columns `image` and `caption`."""
     captions: dict[str, list[str]] = {}
-    # Strict, because a quote that is not closed would swallow the captions after it.
-    rows = csv.reader(io.StringIO(_text(path)), strict=True)
-    try:
-        header = next(rows, [])
-        if [cell.strip().lower() for cell in header] != ["image", "caption"]:
-            raise ValueError(
-                f"{path} is not a captions file: its first line must be image,caption, "
-                f"not {','.join(header)[:60]!r}"
-            )
-        for row in filter(None, rows):
-            if len(row) != 2:
-                raise csv.Error(f"it has {len(row)} columns")
-            captions.setdefault(row[0].strip(), []).append(row[1].strip())
-    except csv.Error as error:
-        raise ValueError(
-            f"{path} line {rows.line_num} is not a caption: expected image,caption ({error})"
-        ) from error
+    for _, row in read_table(path):
+        captions.setdefault(row["image"], []).append(row["caption"])
     return captions
-
-
-def _names(path: Path) -> list[str]:
-    """Return the image names of an official list, each once."""
-    return list(dict.fromkeys(line.strip() for line in _text(path).split("\n") if line.strip()))
-
-
-def _text(path: Path) -> str:
-    """Return what a text file holds, line ends as \\n; ValueError where it is not text."""
-    # Lines are split at \n alone: splitlines() would also split at marks that captions may hold.
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason})") from error
-
-
-def split_by_image(names: Iterable[str], seed: int) -> dict[str, list[str]]:
-    """Return the split of each image name: an eighth each (at least one) val and test, rest train.
-
-    Images are ordered by a hash of seed and name: the same everywhere, whatever the file's order.
-    """
-    ordered = sorted(names, key=lambda name: shuffled(name, seed))
-    part = max(1, len(ordered) // 8)
-    parts = (ordered[2 * part :], ordered[:part], ordered[part : 2 * part])
-    return {split: sorted(names) for split, names in zip(SPLITS, parts, strict=True)}
-
-
-def shuffled(name: object, seed: int) -> bytes:
-    """Return what to sort `name` by for an order by chance that depends on nothing else."""
-    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
 
 
 def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> list[Record]:
@@ -234,14 +104,14 @@ def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> list[Recor
     wanted = (split, "restval") if split == "train" else (split,)
     captions = {name: lines for name, part, lines in images if part in wanted}
     if not captions:
-        raise _missing_split(path, split, sorted({str(part) for _, part, _ in images}))
-    return _records(list(captions), captions, folders, path.parent, split)
+        raise missing_split(path, split, sorted({str(part) for _, part, _ in images}))
+    return make_records(list(captions), captions, folders, path.parent, split)
 
 
 def read_flickr30k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
     """Return the records of a split of Flickr30k: Karpathy's JSON and a folder of images."""
-    folders = _folders(root)
-    karpathy = _find(folders, "dataset_flickr30k.json")
+    folders = search_folders(root)
+    karpathy = find(folders, "dataset_flickr30k.json")
     if not karpathy:
         raise FileNotFoundError(
             f"no dataset_flickr30k.json in {root} or its folders; run python download_data.py "
@@ -260,13 +130,12 @@ def read_coco(root: Path, split: str, split_seed: int = 0) -> list[Record]:
     and val parted: its images, shuffled by `split_seed`, give the first 5,000 (half of them where
     there are fewer than 10,000) to test and the others to val.
     """
-    folders = _folders(root)
-    karpathy = _find(folders, "dataset_coco.json")
+    folders = search_folders(root)
+    karpathy = find(folders, "dataset_coco.json")
     if karpathy:
         return _coco_records(*_coco_karpathy(karpathy, split), folders, root, split)
     part = "train" if split == "train" else "val"
-    found = [_find(folders, f"captions_{part}{year}.json") for year in (2014, 2017)]
-    path = next(filter(None, found), None)
+    path = find(folders, f"captions_{part}2014.json", f"captions_{part}2017.json")
     if not path:
         raise SplitMissingError(
             f"no captions of COCO's {split} split in {root}: looked for captions_{part}2014.json, "
@@ -316,7 +185,7 @@ def _coco_karpathy(path: Path, split: str) -> tuple[dict[int, str], dict[int, li
             f"{path} is not Karpathy's COCO file ({type(error).__name__}: {error})"
         ) from error
     if not names:
-        raise _missing_split(path, split, [])
+        raise missing_split(path, split, [])
     return names, captions
 
 
@@ -330,7 +199,7 @@ def _coco_records(
     """Return records with integer ids; restval's images lie in another folder than train's."""
     by_name = {Path(name).name: image_id for image_id, name in names.items()}
     lines = {name: captions.get(image_id, []) for name, image_id in by_name.items()}
-    records = _records(list(by_name), lines, folders, root, split)
+    records = make_records(list(by_name), lines, folders, root, split)
     return [record._replace(image_id=by_name[record.image_id]) for record in records]
 
 
@@ -340,46 +209,91 @@ def read_shapes(root: Path, split: str, split_seed: int = 0) -> list[Record]:
     return read_karpathy(root / "captions.json", [root, root / "images"], split)
 
 
-def _records(
-    names: Sequence[str],
-    captions: dict[str, list[str]],
-    folders: Sequence[Path],
-    root: Path,
-    split: str,
-) -> list[Record]:
-    """Return records for `names`, leaving out (with a line) those with no image or no caption."""
-    places = _image_files(folders, names)
-    if not places:
-        raise SplitMissingError(
-            f"no image of the {split} split in {root} or its folders (wanted {names[0]} and "
-            f"{len(names) - 1} more)"
+TABLES = (".csv", ".tsv", ".jsonl")
+SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("dev", "valid", "validation"), "val")
+
+
+def read_csv(root: Path, split: str, split_seed: int = 0) -> list[Record]:
+    """Return the records of a split of anybody's photographs, described by a table.
+
+    `root` is the table (CSV, TSV or JSON lines), or the folder that holds it. Its columns are
+    `image`, a path in that folder, `caption`, a row for each of an image's captions, and perhaps
+    `split`: train, val or test. Without that, images are split by `split_seed`.
+    """
+    path = find_table(root)
+    captions, splits = read_described(path)
+    if not captions:
+        raise ValueError(f"{path} holds no captions")
+    blank = [image for image, part in splits.items() if not part]
+    if blank and len(blank) < len(splits):
+        raise ValueError(
+            f"{path} names the split of some images but not of {blank[0]} and {len(blank) - 1} "
+            "more; give it for all, or for none"
         )
-    described = {name: tuple(filter(None, captions.get(name, ()))) for name in names}
-    if not any(described.values()):
-        raise SplitMissingError(f"no captions of the {split} split in {root} (wanted {names[0]} …)")
-    lost = [name for name in names if name not in places or not described[name]]
-    leave_out(lost, len(names), f"of the {split} split have no image file or no caption")
-    return [
-        Record(name, places[name], lines)
-        for name, lines in described.items()
-        if lines and name in places
-    ]
+    if blank:
+        drawn = split_by_image(captions, split_seed)
+        splits = {image: part for part, images in drawn.items() for image in images}
+    names = [image for image in captions if splits[image] == split]
+    if not names:
+        raise missing_split(path, split, sorted(set(splits.values())))
+    return make_records(names, captions, search_folders(path.parent), path.parent, split)
 
 
-def _image_files(folders: Sequence[Path], names: Iterable[str]) -> dict[str, Path]:
-    """Return where each of `names` is, the folder that holds the most of them first."""
-    wanted = set(names)
-    found = [(folder, wanted.intersection(os.listdir(folder))) for folder in folders]
-    places: dict[str, Path] = {}
-    for folder, held in sorted(found, key=lambda pair: -len(pair[1])):
-        places = {name: folder / name for name in held} | places
-    return places
+def read_described(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """Return image → captions and image → split ("" where none is named) of a table."""
+    captions: dict[str, list[str]] = {}
+    splits: dict[str, str] = {}
+    for number, row in read_table(path):
+        where = f"{path} line {number}: "
+        image = plain_name(row["image"], path.parent)
+        check_inside(image, path.parent, where)
+        named = str(row.get("split") or "").lower()
+        if named and named not in SPLIT_NAMES:
+            known = ", ".join(SPLIT_NAMES)
+            raise ValueError(f"{where}split {named!r} is not known; choose from {known}")
+        part = SPLIT_NAMES.get(named, "")
+        if splits.setdefault(image, part) != part:
+            raise ValueError(f"{where}{image} is in another split further up")
+        captions.setdefault(image, []).append(row["caption"])
+    return captions, splits
+
+
+def find_table(root: Path) -> Path:
+    """Return the table that `root` is or holds: captions.csv, or another name if it is the only.
+
+    Raises FileNotFoundError where there is none, ValueError where there are several.
+    """
+    if root.is_file():
+        return root
+    here = sorted(root.glob("*")) if root.is_dir() else []
+    tables = [path for path in here if path.suffix.lower() in TABLES]
+    tables = [path for path in tables if path.stem == "captions"] or tables
+    if not tables:
+        raise FileNotFoundError(
+            f"no table of captions in {root}: give --data-dir, the folder that holds captions.csv, "
+            ".tsv or .jsonl (or the file itself), with the columns image and caption"
+        )
+    if len(tables) > 1:
+        raise ValueError(
+            f"several tables in {root}: {', '.join(path.name for path in tables)}; name one with "
+            "--data-dir"
+        )
+    return tables[0]
+
+
+def plain_name(name: str, root: Path) -> str:
+    """Return an image's path as seen from `root`, without detours."""
+    plain = os.path.normpath(name)
+    if os.path.isabs(plain):
+        plain = os.path.relpath(plain, os.path.abspath(root))
+    return Path(plain).as_posix()
 
 
 DATASETS: dict[str, Callable[..., Sequence[Record]]] = {
     "flickr8k": read_flickr8k,
     "flickr30k": read_flickr30k,
     "coco": read_coco,
+    "csv": read_csv,
     "shapes": read_shapes,
 }
 

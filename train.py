@@ -32,9 +32,10 @@ from evaluate import caption_split, print_scores, score_captions, split_features
 from features import FeatureCache, cached_features
 from images import read_image
 from inference import DecodingConfig, pick_device
-from layouts import Record, SplitMissingError, load_split, readable
+from layouts import load_split
 from losses import cross_entropy
 from model import CaptionModel
+from records import Record, SplitMissingError, readable
 from trainer import TrainConfig, Trainer, load_state, save_state
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 import train
-from layouts import SplitMissingError, load_split
+from layouts import load_split
+from records import SplitMissingError
 
 
 def picture(path: Path) -> None:

@@ -22,7 +22,7 @@ import features
 from encoder import BACKBONES, Encoder, backbone, image_transform
 from features import FeatureCache, cached_features, describe, encode_images
 from images import read_image
-from layouts import Record
+from records import Record
 
 
 @pytest.fixture(scope="module", autouse=True)

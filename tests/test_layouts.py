@@ -11,15 +11,8 @@ from PIL import Image
 
 import layouts
 import shapes
-from layouts import (
-    SPLITS,
-    SplitMissingError,
-    load_split,
-    read_csv_file,
-    read_token_file,
-    readable,
-    split_by_image,
-)
+from layouts import load_split, read_csv_file, read_token_file
+from records import SPLITS, SplitMissingError, readable, split_by_image
 
 NAMES = [f"photo_{number:02}.jpg" for number in range(24)]
 CAPTIONS = {
@@ -336,7 +329,7 @@ def test_images_without_permission_are_unreadable_and_a_failing_disk_stops(many,
         if path in faults:
             raise faults[path]
 
-    monkeypatch.setattr(layouts, "read_image", read_image)
+    monkeypatch.setattr("records.read_image", read_image)
     assert readable(records) == records[1:]
     faults[records[1].path] = OSError(5, "Input/output error")
     with pytest.raises(OSError, match="Input/output"):
@@ -378,8 +371,11 @@ def test_a_token_file_of_another_kind_says_where(content, said, tmp_path):
     ("content", "said"),
     [
         (b"\x89PNG\r\n\xff\xfe\0", "is not a text file in UTF-8"),
-        (b"<!DOCTYPE html>\n<html>", "first line must be image,caption, not '<!DOCTYPE html>'"),
-        (b"id,label\n1,2\n", "first line must be image,caption, not 'id,label'"),
+        (
+            b"<!DOCTYPE html>\n<html>",
+            "name the columns image,caption.* not '<!DOCTYPE html>'",
+        ),
+        (b"id,label\n1,2\n", "must name the columns image,caption, each once, not 'id,label'"),
         (b"image,caption\na.jpg,a dog\nb.jpg,a dog, a cat\n", "line 3 .*it has 3 columns"),
         (b"image,caption\na.jpg\n", "line 2 .*it has 1 columns"),
         (b'image,caption\na.jpg,"a dog\nb.jpg,a cat\n', "line 3 is not a caption"),
