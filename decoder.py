@@ -265,6 +265,7 @@ class LSTM(Decoder):
         super().__init__(config, vocabulary, channels, positions)
         between = config.dropout if config.n_decode > 1 else 0.0
         sizes = config.d_model, config.fc_dim, config.n_decode
+        self.norm_image = nn.LayerNorm(config.d_model)
         self.lstm = nn.LSTM(*sizes, batch_first=True, dropout=between)
         self.output = nn.Linear(config.fc_dim, config.d_model)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
@@ -272,7 +273,11 @@ class LSTM(Decoder):
     def remember(self, features: Tensor) -> Tensor:
         """Return memory (B, 1, D) of features (B, S, C): their mean through linear and ReLU."""
         self.check(features)
-        return self.dropout(self.project(features.mean(1, keepdim=True)).relu())
+        return self.dropout(self.norm_image(self.project(features.mean(1, keepdim=True))).relu())
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Return the words (…, D) of `tokens` (…) as the LSTM reads them, of the image's size."""
+        return self.dropout(self.embedding(tokens) * self.embedding.embedding_dim**0.5)
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, fc_dim) -> (…, V)"""
@@ -290,7 +295,7 @@ class LSTM(Decoder):
         _, state = self.lstm(memory)
         state = tuple(part[:, owner].contiguous() for part in state)
         words = pack_padded_sequence(
-            self.dropout(self.embedding(tokens[:, :-1])),
+            self.read(tokens[:, :-1]),
             real.sum(1).cpu(),
             batch_first=True,
             enforce_sorted=False,
@@ -307,7 +312,7 @@ class LSTM(Decoder):
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """Return log-probabilities (B, K, V) after `token` (B, K), and the next state."""
-        words = self.dropout(self.embedding(token)).flatten(0, 1)[:, None]  # (B*K, 1, D)
+        words = self.read(token).flatten(0, 1)[:, None]  # (B*K, 1, D)
         before = tuple(part.flatten(0, 1).transpose(0, 1).contiguous() for part in state.beam)
         heard, after = self.lstm(words, before)
         beam = tuple(part.transpose(0, 1).unflatten(0, token.shape) for part in after)

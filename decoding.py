@@ -8,7 +8,7 @@ next state. Images whose captions are complete leave the batch, so the work shri
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -49,6 +49,42 @@ class State(NamedTuple):
             tuple(tensor[rows, parents] for tensor in self.beam),
             None if self.attention is None else self.attention[rows, parents],
         )
+
+
+class Joint(NamedTuple):
+    """The states of several decoders that write one caption together."""
+
+    states: tuple[State, ...]
+
+    def keep_images(self, index: Tensor) -> "Joint":
+        """Return the states of the images in `index` (b,) alone."""
+        return Joint(tuple(state.keep_images(index) for state in self.states))
+
+    def reorder(self, parents: Tensor) -> "Joint":
+        """Return the states with beams reordered by `parents` (B, K)."""
+        return Joint(tuple(state.reorder(parents) for state in self.states))
+
+
+class Ensemble:
+    """Several decoders as one: each next word has the mean of the probabilities they give it.
+
+    They may be of any kinds, but of one vocabulary. `memory` is a tuple of their memories.
+    """
+
+    def __init__(self, decoders: Sequence["Steps"]):
+        self.decoders = decoders
+
+    def start(self, memory: tuple[Tensor, ...]) -> Joint:
+        """Return the decoders' states before the first word."""
+        pairs = zip(self.decoders, memory, strict=True)
+        return Joint(tuple(decoder.start(one) for decoder, one in pairs))
+
+    def step(self, token: Tensor, state: Joint) -> tuple[Tensor, Joint]:
+        """Return log-probabilities (B, K, V) after `token` (B, K), and the next states."""
+        pairs = zip(self.decoders, state.states, strict=True)
+        log_probs, states = zip(*(decoder.step(token, one) for decoder, one in pairs), strict=True)
+        mean = torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))
+        return mean, Joint(states)
 
 
 class Steps(Protocol):
@@ -346,7 +382,9 @@ def _check(max_words: int, min_words: int, no_repeat_ngram: int) -> None:
         raise ValueError(f"no-repeat n-gram {no_repeat_ngram} must be at least 0 (0: off)")
 
 
-def _size(state: State) -> tuple[int, torch.device]:
+def _size(state: State | Joint) -> tuple[int, torch.device]:
+    if isinstance(state, Joint):
+        return _size(state.states[0])
     first = (*state.image, *state.beam)[0]
     return len(first), first.device
 

@@ -81,6 +81,9 @@ class EncoderConfig:
     (the whole CNN is trained from scratch)."""
     img_size: int | None = None
     """Side in pixels that images are resized to (default: the backbone's own)."""
+    grid: int | None = None
+    """Average the features to this many positions a side (1: one pooled vector an image, and a
+    small cache; default: the CNN's own, 7 for a ResNet at 224 pixels)."""
     finetune_cnn: bool = False
     """Train the last stages of the CNN too."""
 
@@ -91,6 +94,8 @@ class EncoderConfig:
                 f"--img-size {self.img_size} is too small for {self.cnn_backbone}; use at least "
                 f"{least}"
             )
+        if self.grid is not None and self.grid < 1:
+            raise ValueError(f"--grid {self.grid} must be at least 1")
 
 
 def backbone(name: str) -> Backbone:
@@ -144,9 +149,10 @@ class Encoder(nn.Module):
     Unless all is trained, BatchNorm stays in eval: its statistics are ImageNet's.
     """
 
-    def __init__(self, name: str, trained: str = "none"):
+    def __init__(self, name: str, trained: str = "none", grid: int | None = None):
+        """`grid`: positions a side that the map is averaged to (none: the CNN's own)."""
         super().__init__()
-        self.name, self.trained = name, trained
+        self.name, self.trained, self.grid = name, trained, grid
         self.channels = backbone(name).channels
         self.cnn = build_trunk(name)
         for part, parameter in self.cnn.named_parameters():
@@ -168,10 +174,14 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, S, C) of `images` (B, 3, H, W), positions row by row."""
         maps = self.cnn(images.contiguous(memory_format=torch.channels_last))
+        if self.grid:
+            maps = nn.functional.adaptive_avg_pool2d(maps, self.grid)
         return maps.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, S, C)
 
 
-def build_encoder(name: str, weights: str | Path, *, finetune: bool | None = None) -> Encoder:
+def build_encoder(
+    name: str, weights: str | Path, *, finetune: bool | None = None, grid: int | None = None
+) -> Encoder:
     """Return an `Encoder` with `weights`: default, none, a torchvision weights name, or a path.
 
     `finetune` None means: the whole CNN is trained where weights are none, else it is frozen.
@@ -184,7 +194,7 @@ def build_encoder(name: str, weights: str | Path, *, finetune: bool | None = Non
             "be trained"
         )
     trained = "all" if from_scratch else "last" if finetune else "none"
-    encoder = Encoder(name, trained)
+    encoder = Encoder(name, trained, grid)
     if not from_scratch:
         load_weights(encoder.cnn, name, weights)
     return encoder.to(memory_format=torch.channels_last)

@@ -19,9 +19,9 @@ from tqdm import tqdm
 import files
 import metrics
 from features import encode_images
-from inference import Captioner, DecodingConfig, decode, spoken
+from inference import Captioner, DecodingConfig, decode, named, spoken
 from layouts import DATASETS, load_split
-from model import CaptionModel
+from model import CaptionModel, ModelEnsemble
 from records import SPLITS, Record, leave_out
 
 log = logging.getLogger(__name__)
@@ -30,31 +30,38 @@ EXAMPLE_ROW = '{"image_id": …, "caption": "…"}'
 
 
 def split_features(
-    model: CaptionModel,
+    model: CaptionModel | ModelEnsemble,
     records: Sequence[Record],
     cache: Any = None,
     *,
     batch_size: int = 64,
     workers: int = 2,
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield image ids and features (B, S, C), from the cache or from the files.
+) -> Iterator[tuple[list[str], list[Tensor]]]:
+    """Yield image ids and features (B, S, C) for each of the model's views, from cache or files.
 
     Images that can't be read are left out; raises ValueError when they are over 1 %.
     """
     lost: list[str] = []
     if cache is None:
         device = next(model.parameters()).device
-        batches = encode_images(records, model.encoder, model.img_size, device, batch_size, workers)
+        batches = zip(
+            *(
+                encode_images(records, encoder, img_size, device, batch_size, workers)
+                for encoder, img_size in model.views
+            ),
+            strict=True,
+        )
     else:
         batches = (
-            (torch.stack([cache.get(record.image_id) for record in part]), [])
+            [(torch.stack([cache.get(record.image_id) for record in part]), [])]
             for part in _parts(records, batch_size)
         )
-    for part, (features, unread) in zip(_parts(records, batch_size), batches, strict=True):
+    for part, views in zip(_parts(records, batch_size), batches, strict=True):
+        unread = views[0][1]
         lost += unread
         kept = [row for row, record in enumerate(part) if record.image_id not in unread]
         if kept:
-            yield [part[row].image_id for row in kept], features[kept]
+            yield [part[row].image_id for row in kept], [features[kept] for features, _ in views]
     leave_out(lost, len(records), "can't be read")
 
 
@@ -63,8 +70,8 @@ def _parts(records: Sequence[Record], size: int) -> Iterator[Sequence[Record]]:
 
 
 def caption_split(
-    model: CaptionModel,
-    features: Iterable[tuple[list[str], Tensor]],
+    model: CaptionModel | ModelEnsemble,
+    features: Iterable[tuple[list[str], Sequence[Tensor]]],
     decoding: DecodingConfig,
     total: int | None = None,
 ) -> dict[str, str]:
@@ -72,10 +79,11 @@ def caption_split(
     captions: dict[str, str] = {}
     device = next(model.parameters()).device
     with tqdm(total=total, desc="captioning", unit=" images", disable=None, leave=False) as bar:
-        for image_ids, batch in features:
+        for image_ids, views in features:
             keys = [zlib.crc32(os.fsencode(str(image_id))) for image_id in image_ids]
             with torch.inference_mode():
-                decoded = decode(model, model.remember(batch.to(device)), decoding, keys=keys)
+                memory = model.remember(*(batch.to(device) for batch in views))
+                decoded = decode(model, memory, decoding, keys=keys)
             texts = (each[0].text for each in spoken(model, decoded))
             captions.update(zip(image_ids, texts, strict=True))
             bar.update(len(image_ids))
@@ -142,6 +150,8 @@ class Config:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     checkpoint: Path | None = None
     """A model file, or the folder of a run (default: the shipped model)."""
+    ensemble: tuple[Path, ...] = ()
+    """Several checkpoints, decoded together: the mean of their probabilities decides."""
     captions: Path | None = None
     """Score the captions of this file (COCO results format) and use no model."""
     dataset: Literal[tuple(DATASETS)] = "flickr8k"
@@ -186,7 +196,7 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
         captions = by_own_ids(read_captions(config.captions), records, every[used:])
         how: dict[str, Any] = {"captions": config.captions.name}
     else:
-        captioner = Captioner.load(config.checkpoint, config.device)
+        captioner = Captioner.load(named(config.checkpoint, config.ensemble), config.device)
         features = split_features(
             captioner.model, records, batch_size=config.batch_size, workers=config.workers
         )

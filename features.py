@@ -120,6 +120,7 @@ def describe(records: Sequence[Record], encoder: Encoder, img_size: int) -> dict
         "backbone": encoder.name,
         "weights": fingerprint(encoder),
         "img_size": img_size,
+        "grid": encoder.grid,
         "transform": TRANSFORM,
         "views": 1,
         "image_ids": [record.image_id for record in records],

@@ -5,6 +5,7 @@ B images · S image positions · T words · n captions an image
 
 import functools
 import math
+import os
 import sys
 import zlib
 from collections import deque
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor
 
 import files
+import plots
 from dataset import mix
 from decoding import PAD, Decoded, beam_search, greedy, sample
 from encoder import image_transform
 from images import list_images, read_image
-from model import CaptionModel, checkpoint_file
+from model import CaptionModel, ModelEnsemble, checkpoint_file, load_models
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
 
@@ -89,13 +91,13 @@ def pick_device(device: torch.device | str) -> torch.device:
 
 
 def decode(
-    model: CaptionModel,
-    memory: Tensor,
+    model: CaptionModel | ModelEnsemble,
+    memory: Tensor | tuple[Tensor, ...],
     config: DecodingConfig,
     n: int = 1,
     keys: Sequence[int] | None = None,
 ) -> Decoded:
-    """Return `n` captions an image as tokens (B, n, T), decoded from `memory` (B, S, D).
+    """Return `n` captions an image as tokens (B, n, T), decoded from what the model remembers.
 
     Beam search widens to `n` beams. `keys` (one an image; default: the places in the batch) are
     what sampling derives an image's chance from, beside the seed. Raises ValueError for more words
@@ -119,20 +121,29 @@ def decode(
             raise ValueError("the greedy method has one caption an image; use beam or sample")
         return greedy(model.decoder, memory, **limits)
     chances = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+    first = memory if isinstance(memory, Tensor) else memory[0]
+    images, device = len(first), first.device
     # One image at a time, each with a generator of its own: its words are then the same whatever
     # else is in the batch.
     drawn = [
         sample(
             model.decoder,
-            memory[row : row + 1],
+            one_image(memory, row),
             n=n,
-            generator=torch.Generator(memory.device).manual_seed(mix(config.seed, key)),
+            generator=torch.Generator(device).manual_seed(mix(config.seed, key)),
             **chances,
             **limits,
         )
-        for row, key in enumerate(range(len(memory)) if keys is None else keys)
+        for row, key in enumerate(range(images) if keys is None else keys)
     ]
     return together(drawn)
+
+
+def one_image(memory: Tensor | tuple[Tensor, ...], row: int) -> Tensor | tuple[Tensor, ...]:
+    """Return the memory of one image of the batch, itself a batch of one."""
+    if isinstance(memory, Tensor):
+        return memory[row : row + 1]
+    return tuple(part[row : row + 1] for part in memory)
 
 
 def together(parts: Sequence[Decoded]) -> Decoded:
@@ -145,7 +156,7 @@ def together(parts: Sequence[Decoded]) -> Decoded:
     return Decoded(torch.cat(tokens), torch.cat([part.log_prob for part in parts]))
 
 
-def spoken(model: CaptionModel, decoded: Decoded) -> list[list[Caption]]:
+def spoken(model: CaptionModel | ModelEnsemble, decoded: Decoded) -> list[list[Caption]]:
     """Return the captions of each image as text; fewer than n where no more are possible."""
     return [
         [
@@ -160,23 +171,23 @@ def spoken(model: CaptionModel, decoded: Decoded) -> list[list[Caption]]:
 class Captioner:
     """A model at hand: give it pictures, it gives captions."""
 
-    def __init__(self, model: CaptionModel, decoding: DecodingConfig | None = None):
+    def __init__(self, model: CaptionModel | ModelEnsemble, decoding: DecodingConfig | None = None):
         """`decoding`: how words are chosen unless a call says otherwise."""
         self.model = model.eval()
         self.decoding = decoding or DecodingConfig()
-        self.transform = image_transform(model.img_size, train=False)
+        self.transforms = [image_transform(size, train=False) for _, size in model.views]
 
     @classmethod
     def load(
         cls,
-        checkpoint: str | Path | None = None,
+        checkpoint: str | Path | Sequence[str | Path] | None = None,
         device: torch.device | str = "auto",
         **decoding: Any,
     ) -> "Captioner":
         """Return the captioner of a checkpoint: a model file, or the folder of a run.
 
-        `decoding` are fields of `DecodingConfig`. With no checkpoint the shipped model is used;
-        raises FileNotFoundError where there is none.
+        Several checkpoints are an ensemble. `decoding` are fields of `DecodingConfig`. With no
+        checkpoint the shipped model is used; raises FileNotFoundError where there is none.
         """
         if checkpoint is None:
             checkpoint = SHIPPED
@@ -186,7 +197,8 @@ class Captioner:
                     "and give its run folder: --checkpoint runs/NAME"
                 )
             print(f"using the shipped model {SHIPPED}", file=sys.stderr)
-        model = CaptionModel.load(checkpoint, pick_device(device))
+        paths = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
+        model = load_models(paths, pick_device(device))
         return cls(model, DecodingConfig(**decoding))
 
     def caption(self, image: Any, *, n: int = 1, **decoding: Any) -> str | list[str]:
@@ -212,24 +224,27 @@ class Captioner:
         config = replace(self.decoding, **decoding)
         device = next(self.model.parameters()).device
         images = iter(images)
-        while batch := [self.transform(read_image(image)) for image in islice(images, batch_size)]:
+        while batch := [read_image(image) for image in islice(images, batch_size)]:
+            views = [torch.stack([see(image) for image in batch]) for see in self.transforms]
             # Sampling goes by the pixels: a picture has its words alone as in any list.
-            keys = [zlib.crc32(pixels.contiguous().numpy()) for pixels in batch]
+            keys = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
             with torch.inference_mode():
-                memory = self.model.remember(torch.stack(batch).to(device))
+                memory = self.model.remember(*(pixels.to(device) for pixels in views))
                 decoded = decode(self.model, memory, config, n, keys)
             yield from spoken(self.model, decoded)
 
 
 @functools.lru_cache(maxsize=2)
-def _captioner(checkpoint: Path | None, version: tuple[int, ...], device: str) -> Captioner:
-    return Captioner.load(checkpoint, device)
+def _captioner(
+    checkpoints: tuple[Path, ...] | None, version: tuple[tuple[int, ...], ...], device: str
+) -> Captioner:
+    return Captioner.load(checkpoints, device)
 
 
 def caption(
     image: Any,
     *,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Sequence[str | Path] | None = None,
     method: str = "beam",
     beam_size: int = 5,
     n: int = 1,
@@ -239,13 +254,17 @@ def caption(
     """Return a caption of `image`: a path, PIL image, numpy array, bytes or file object.
 
     `n` > 1 gives the list of the n best; a list of images gives a list of those. `checkpoint` is
-    a model file or a run's folder (default: the shipped model); `decoding` are further fields of
-    `DecodingConfig`. The model stays loaded between calls, until its file changes.
+    a model file or a run's folder (default: the shipped model), or a list of them, decoded
+    together; `decoding` are further fields of `DecodingConfig`. The model stays loaded between
+    calls, until its file changes.
     """
-    path = checkpoint_file(checkpoint).resolve() if checkpoint is not None else None
-    about = path.stat() if path else None
-    version = (about.st_mtime_ns, about.st_size, about.st_ino) if about else ()
-    captioner = _captioner(path, version, str(device))
+    paths = None
+    if checkpoint is not None:
+        named = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
+        paths = tuple(checkpoint_file(each).resolve() for each in named)
+    abouts = [path.stat() for path in paths or ()]
+    version = tuple((about.st_mtime_ns, about.st_size, about.st_ino) for about in abouts)
+    captioner = _captioner(paths, version, str(device))
     settings = {"method": method, "beam_size": beam_size, **decoding}
     many = list(image) if isinstance(image, (list, tuple)) else [image]
     found = [
@@ -264,8 +283,12 @@ class Config:
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     checkpoint: Path | None = None
     """A model file, or the folder of a run (default: the shipped model)."""
+    ensemble: tuple[Path, ...] = ()
+    """Several checkpoints, decoded together: the mean of their probabilities decides."""
     n: int = 1
     """How many captions a picture."""
+    annotate: Path | None = None
+    """Also write each picture with its caption under it, into this folder."""
     json: Path | None = None
     """Also write the captions to this JSON file."""
     device: str = "auto"
@@ -279,14 +302,19 @@ def main(argv: list[str] | None = None) -> None:
     flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
     config = files.parse(flags, argv, program="inference.py", description="Caption pictures.")
     files.check_writable(config.json)
-    photos = find_photos(config.photos)
-    captioner = Captioner.load(config.checkpoint, config.device, **asdict(config.decoding))
-    named = len(photos) > 1 or config.photos[0].is_dir()
+    photos = find_photos(config.photos, config.annotate)
+    if config.annotate:
+        pictures = annotated_places(config.annotate, config.photos, photos)
+    checkpoint = named(config.checkpoint, config.ensemble)
+    captioner = Captioner.load(checkpoint, config.device, **asdict(config.decoding))
+    many = len(photos) > 1 or config.photos[0].is_dir()
     rows: list[dict[str, Any]] = []
     errors: list[Exception] = []
     for photo, captions in caption_files(captioner, photos, config.n, errors):
         for each in captions:
-            print(f"{photo}\t{each.text}" if named else each.text, flush=True)
+            print(f"{photo}\t{each.text}" if many else each.text, flush=True)
+        if config.annotate:
+            write_annotated(pictures[photo], photo, captions[0].text)
         rows.append({"image": str(photo), "captions": [each._asdict() for each in captions]})
     if config.json and rows:
         files.write_json(config.json, rows)
@@ -321,8 +349,13 @@ def caption_files(
         yield waiting.popleft(), captions
 
 
-def find_photos(places: Sequence[Path]) -> list[Path]:
-    """Return the pictures named, folders replaced by what they hold.
+def named(checkpoint: Path | None, ensemble: Sequence[Path]) -> tuple[Path, ...] | None:
+    """Return the checkpoints that the flags name, as `Captioner.load` takes them."""
+    return (*filter(None, [checkpoint]), *ensemble) or None
+
+
+def find_photos(places: Sequence[Path], made: Path | None = None) -> list[Path]:
+    """Return the pictures named, folders replaced by what they hold, but nothing below `made`.
 
     Raises ValueError where a folder holds none, and where nothing is named.
     """
@@ -331,10 +364,51 @@ def find_photos(places: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for place in places:
         inside = list_images(place) if place.is_dir() else [place]
+        if made and made.resolve() != place.resolve():  # captioned by an earlier call
+            inside = [photo for photo in inside if made not in photo.parents]
         if not inside:
             raise ValueError(f"no pictures in the folder {place}")
         found += inside
     return found
+
+
+# --- captioned pictures
+
+WRITABLE = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
+
+
+def annotated_places(folder: Path, places: Sequence[Path], photos: Sequence[Path]) -> dict:
+    """Return the file in `folder` for each picture: its path below the place named, or its name.
+
+    A number is added where that is taken, .png where Pillow can't write the picture's own format.
+    Raises ValueError where a picture itself would be overwritten.
+    """
+    own = {os.path.realpath(photo) for photo in photos}
+    targets: dict[Path, Path] = {}
+    taken: set[Path] = set()
+    for photo in photos:
+        base = next((place for place in places if place in photo.parents), photo.parent)
+        name = photo.relative_to(base)
+        if name.suffix.lower() not in WRITABLE:
+            name = name.with_name(f"{name.name}.png")
+        target, number = folder / name, 2
+        while target in taken:
+            target, number = folder / name.with_stem(f"{name.stem}-{number}"), number + 1
+        if os.path.realpath(target) in own:
+            raise ValueError(
+                f"--annotate {folder} would overwrite the picture {target}; name another folder"
+            )
+        targets[photo] = target
+        taken.add(target)
+    files.check_writable(next(iter(taken)))
+    return targets
+
+
+def write_annotated(target: Path, photo: Path, text: str) -> None:
+    """Write the picture with its caption under it."""
+    picture = plots.annotate(read_image(photo), text)
+    with files.replacing(target) as temporary:
+        picture.save(temporary, format=WRITABLE[target.suffix.lower()], quality=92)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ B images · S image positions · C backbone channels · D model width · T words
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import files
 from dataset import Vocabulary
 from decoder import DecoderConfig, Taught, build_decoder
-from encoder import TRANSFORM, Encoder, backbone
+from decoding import Ensemble
+from encoder import TRANSFORM, Encoder, backbone, fingerprint
 
 FORMAT = "image-captioning 1"
 
@@ -45,6 +46,11 @@ class CaptionModel(nn.Module):
         features = self.encoder(inputs) if inputs.dim() == 4 else inputs
         return self.decoder.remember(features.to(next(self.decoder.parameters()).dtype))
 
+    @property
+    def views(self) -> list[tuple[Encoder, int]]:
+        """Return what `remember` takes: one encoder's view, at this model's image size."""
+        return [(self.encoder, self.img_size)]
+
     def forward(self, inputs: Tensor, tokens: Tensor, owner: Tensor) -> Taught:
         """Return logits (M, T-1, V) of `tokens` (M, T), caption m being of image `owner[m]`."""
         return self.decoder(self.remember(inputs), tokens, owner)
@@ -71,6 +77,7 @@ class CaptionModel(nn.Module):
                 "cnn_backbone": self.encoder.name,
                 "cnn_trained": self.encoder.trained,
                 "img_size": self.img_size,
+                "grid": self.encoder.grid,
                 "transform": TRANSFORM,
                 **asdict(self.config),
             },
@@ -108,9 +115,60 @@ class CaptionModel(nn.Module):
         stored = dict(about["model"])
         if (transform := stored.pop("transform")) != TRANSFORM:
             raise ValueError(f"image transform {transform!r} is not known, only {TRANSFORM!r}")
-        encoder = Encoder(stored.pop("cnn_backbone"), stored.pop("cnn_trained"))
+        name, trained = stored.pop("cnn_backbone"), stored.pop("cnn_trained")
+        encoder = Encoder(name, trained, stored.pop("grid", None))
         img_size = stored.pop("img_size")
         return cls(encoder, DecoderConfig(**stored), Vocabulary(about["vocabulary"]), img_size)
+
+
+class ModelEnsemble(nn.Module):
+    """Several models that write each caption together: the mean of their probabilities decides.
+
+    Their CNNs, image sizes and decoders may differ, their vocabulary may not. Of CNNs with equal
+    weights one does the work for all.
+    """
+
+    def __init__(self, models: Sequence[CaptionModel]):
+        """Raises ValueError where the vocabularies differ."""
+        super().__init__()
+        if any(model.vocabulary != models[0].vocabulary for model in models):
+            raise ValueError("the models of an ensemble must have one vocabulary")
+        self.models = nn.ModuleList(models)
+        self.vocabulary = models[0].vocabulary
+        longest = min(model.config.seq_len for model in models)
+        self.config = replace(models[0].config, seq_len=longest)
+        self.decoder = Ensemble([model.decoder for model in models])
+        sights = [(fingerprint(m.encoder), m.encoder.grid, m.img_size) for m in models]
+        kinds = list(dict.fromkeys(sights))
+        self.views = [models[sights.index(kind)].views[0] for kind in kinds]
+        self.seen_by = [kinds.index(sight) for sight in sights]  # each model's view
+
+    def remember(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return each model's memory, of pixels or features for each of `views`."""
+        features = [
+            encoder(given) if given.dim() == 4 else given
+            for (encoder, _), given in zip(self.views, inputs, strict=True)
+        ]
+        pairs = zip(self.models, self.seen_by, strict=True)
+        return tuple(model.remember(features[view]) for model, view in pairs)
+
+
+def load_models(
+    paths: Sequence[str | Path], device: torch.device | str = "cpu"
+) -> CaptionModel | ModelEnsemble:
+    """Return the model of one checkpoint, or the ensemble of several.
+
+    Raises ValueError naming two checkpoints whose vocabularies differ.
+    """
+    models = [CaptionModel.load(path, device) for path in paths]
+    for path, model in zip(paths, models, strict=True):
+        if model.vocabulary != models[0].vocabulary:
+            raise ValueError(
+                f"{paths[0]} and {path} have different vocabularies "
+                f"({len(models[0].vocabulary)} and {len(model.vocabulary)} words), but an ensemble "
+                "needs one; train its models on the same captions with the same --min-count"
+            )
+    return models[0] if len(models) == 1 else ModelEnsemble(models)
 
 
 def count_positions(encoder: Encoder, img_size: int) -> int:

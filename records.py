@@ -177,7 +177,7 @@ def image_files(folders: Sequence[Path], names: Iterable[str]) -> dict[str, Path
 
 
 def check_inside(name: str, folder: Path, where: str = "") -> None:
-    """Raise ValueError where the image path `name` leads out of `folder`; `where` begins the line."""
+    """Raise ValueError, begun by `where`, where the image path `name` leads out of `folder`."""
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise ValueError(
             f"{where}the image path {name!r} leaves the dataset's folder {folder}; images must lie "

@@ -44,8 +44,12 @@ log = logging.getLogger(__name__)
 PRESETS: dict[str, dict[str, Any]] = {
     "resnet-transformer": {},
     "show-and-tell": {
-        "cnn_backbone": "inception_v3", "decoder": "lstm", "d_model": 512, "fc_dim": 512,
-        "n_decode": 1, "dropout": 0.5,
+        "cnn_backbone": "inception_v3", "grid": 1, "decoder": "lstm", "d_model": 512,
+        "fc_dim": 512, "n_decode": 1, "dropout": 0.5,
+    },
+    "cnn-rnn": {
+        "dataset": "coco", "cnn_backbone": "resnet50", "grid": 1, "decoder": "lstm",
+        "d_model": 256, "fc_dim": 512, "n_decode": 1, "dropout": 0.5,
     },
     "show-attend-tell": {
         "cnn_backbone": "resnet101", "decoder": "attention-lstm", "d_model": 512, "fc_dim": 512,
@@ -74,7 +78,7 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 # What makes a model another one: --resume refuses to change it.
 IDENTITY = (
     "dataset", "min_count", "split_seed", "train_fraction", "limit", "cnn_backbone", "img_size",
-    "finetune_cnn", "decoder", "d_model", "n_decode", "n_head", "fc_dim", "seq_len",
+    "grid",     "finetune_cnn", "decoder", "d_model", "n_decode", "n_head", "fc_dim", "seq_len",
 )  # fmt: skip
 
 
@@ -83,8 +87,10 @@ class PresetConfig:
     """A known model."""
 
     preset: Literal[tuple(PRESETS)] = "resnet-transformer"
-    """Sets the flags of a model: resnet-transformer (this project's own), show-and-tell (arXiv
-    1411.4555: Inception-v3, LSTM), show-attend-tell (arXiv 1502.03044: ResNet-101, attention)."""
+    """Sets the flags of a model: resnet-transformer (this project's own: ResNet-50, transformer),
+    show-and-tell (arXiv 1411.4555: Inception-v3, LSTM), cnn-rnn (the course project's: frozen
+    ResNet-50, LSTM, on COCO), show-attend-tell (arXiv 1502.03044: ResNet-101, LSTM with
+    attention)."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +134,9 @@ def configure(argv: list[str] | None) -> Config:
         described = "Train an image captioner; --dataset shapes needs no download."
         return files.parse(Config, argv, program="train.py", description=described, default=default)
 
-    given = read(Config())
-    changes = DATASET_DEFAULTS.get(given.data.dataset, {}) | PRESETS[given.preset.preset]
+    preset = PRESETS[read(Config()).preset.preset]
+    given = read(updated(Config(), preset))
+    changes = DATASET_DEFAULTS.get(given.data.dataset, {}) | preset
     stored: dict[str, Any] = {}
     if given.train.resume:
         stored = read_run(given.train.output or Path("runs") / given.data.dataset)
@@ -218,7 +225,8 @@ def build(config: Config) -> tuple[CaptionModel, Data]:
     torch.manual_seed(config.train.seed)
     weights = config.encoder.cnn_weights
     finetune = config.encoder.finetune_cnn or None
-    encoder = build_encoder(config.encoder.cnn_backbone, weights, finetune=finetune).to(device)
+    name, grid = config.encoder.cnn_backbone, config.encoder.grid
+    encoder = build_encoder(name, weights, finetune=finetune, grid=grid).to(device)
     captions = (line for record in data["train"] for line in record.captions)
     vocabulary = Vocabulary.build(captions, config.data.min_count)
     img_size = config.encoder.img_size or backbone(encoder.name).img_size
@@ -332,13 +340,13 @@ VALIDATION = DecodingConfig(method="greedy")
 
 @torch.inference_mode()
 def split_loss(
-    model: CaptionModel, records: Sequence[Record], features: list[tuple[list[str], Tensor]]
+    model: CaptionModel, records: Sequence[Record], features: list[tuple[list[str], list[Tensor]]]
 ) -> float:
     """Return the mean negative log-likelihood a word, in nats, of the split's captions."""
     lines = {record.image_id: record.captions for record in records}
     nll, words = 0.0, 0
     device = next(model.parameters()).device
-    for image_ids, batch in features:
+    for image_ids, (batch,) in features:
         captions = [[model.vocabulary.encode(line, model.config.seq_len) for line in lines[name]]
                     for name in image_ids]  # fmt: skip
         rows = [torch.tensor(tokens) for each in captions for tokens in each]
