@@ -10,7 +10,19 @@ import pytest
 import torch
 
 import decoding
-from decoding import END, PAD, START, UNK, Decoded, State, beam_search, filter_words, greedy, sample
+from decoding import (
+    END,
+    PAD,
+    START,
+    UNK,
+    Decoded,
+    Ensemble,
+    State,
+    beam_search,
+    filter_words,
+    greedy,
+    sample,
+)
 
 WIDTH, MAX_WORDS = 8, 4
 SPECIALS = 4
@@ -334,24 +346,36 @@ def test_an_image_has_the_same_captions_alone_and_in_any_batch(name):
         same(Decoded(*(part[place : place + 1] for part in shuffled)), alone)
 
 
-def test_an_ensemble_of_a_model_with_itself_is_the_model():
-    class Twice:
-        def __init__(self, one):
-            self.one = one
-
-        def start(self, memory):
-            state = self.one.start(memory)
-            return State(state.image * 2, state.beam * 2)
-
-        def step(self, token, state):
-            first, one = self.one.step(token, State(state.image[:1], state.beam[:1]))
-            second, two = self.one.step(token, State(state.image[1:], state.beam[1:]))
-            both = torch.stack([first, second]).logsumexp(0) - math.log(2)
-            return both, State(one.image + two.image, one.beam + two.beam)
-
+@every_method
+def test_an_ensemble_of_a_model_with_itself_is_the_model(method):
     toy, memory = Toy(words=6), mixed()
-    settings = {"max_words": 8, "beam_size": 3, "n": 3}
-    same(beam_search(Twice(toy), memory, **settings), beam_search(toy, memory, **settings))
+    same(
+        method(Ensemble([toy, toy]), (memory, memory), max_words=8),
+        method(toy, memory, max_words=8),
+    )
+
+
+@every_method
+def test_an_ensemble_gives_each_word_the_mean_of_its_probabilities(method):
+    toys = [Toy(words=6), Toy(words=6, seed=5)]
+    memory = (mixed(), images(len(mixed()), seed=9))
+    decoded = method(Ensemble(toys), memory, max_words=6)
+    for row, (captions, scores) in enumerate(zip(spoken(decoded), decoded.log_prob, strict=True)):
+        alone = tuple(part[row : row + 1] for part in memory)
+        assert float(scores[0]) == pytest.approx(rescored_by_hand(toys, alone, captions[0]))
+
+
+def rescored_by_hand(toys, memory, caption) -> float:
+    """Return the log-probability of a caption by the mean of two models' probabilities."""
+    states = [toy.start(part) for toy, part in zip(toys, memory, strict=True)]
+    total = 0.0
+    for before, word in zip((START, *caption), (*caption, END), strict=True):
+        mean = 0.0
+        for number, toy in enumerate(toys):
+            log_probs, states[number] = toy.step(torch.tensor([[before]]), states[number])
+            mean += float(log_probs[0, 0, word].exp()) / len(toys)
+        total += math.log(mean)
+    return total
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16))

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import math
 import re
 import urllib.error
 
@@ -378,3 +379,19 @@ def test_statistics_that_did_not_fit_into_float16_are_an_error(resnet18, tmp_pat
     torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half.pth")
     with pytest.raises(ValueError, match=r"bn1\.running_var holds infinity or NaN"):
         build_encoder("resnet18", tmp_path / "half.pth")
+
+
+@pytest.mark.parametrize("grid", [1, 2, 4, 6])
+def test_a_grid_averages_the_map(grid):
+    images = torch.rand(2, 3, 128, 128)
+    whole, averaged = Encoder("tiny").eval(), Encoder("tiny", grid=grid).eval()
+    averaged.load_state_dict(whole.state_dict())
+    found, maps = averaged(images), whole(images).transpose(1, 2).unflatten(2, (8, 8))
+    assert found.shape == (2, grid * grid, 128)
+    corner = maps[:, :, : math.ceil(8 / grid), : math.ceil(8 / grid)]
+    torch.testing.assert_close(found[:, 0], corner.mean((2, 3)))
+
+
+def test_a_grid_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="--grid 0 must be at least 1"):
+        EncoderConfig(grid=0)

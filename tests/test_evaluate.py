@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_inference import METHODS, run_script, tiny_model
+from tiny import METHODS, run_script, tiny_model
 
 import evaluate
 import metrics

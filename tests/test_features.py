@@ -272,6 +272,9 @@ def test_other_weights_sizes_and_images_have_caches_of_their_own(records, encode
         assert len(list(tmp_path.glob("*.npy"))) == count
         assert len(cache.rows) == len(arguments[0])
     assert build(records, encoder, tmp_path, size=64).get("000.png").shape == (16, 128)
+    pooled = Encoder("tiny", grid=1)
+    pooled.load_state_dict(encoder.state_dict())
+    assert build(records, pooled, tmp_path).get("000.png").shape == (1, 128)
 
 
 @pytest.mark.parametrize(

@@ -357,3 +357,29 @@ def test_shapes_captions_are_true_of_their_pictures(shapes_run):
 def test_shapes_training_says_its_scores_and_captions(shapes_run):
     assert "CIDEr" in shapes_run.said and "test_00000.png: " in shapes_run.said
     assert json.loads((shapes_run.folder / "scores.json").read_text())["test"]["CIDEr"] > 1
+
+
+def test_a_preset_may_choose_the_dataset_and_a_flag_another():
+    assert train.flat(train.configure(["--preset", "cnn-rnn"]))["dataset"] == "coco"
+    flags = train.flat(train.configure(["--preset", "cnn-rnn", "--dataset", "shapes"]))
+    assert (flags["dataset"], flags["grid"], flags["epochs"]) == ("shapes", 1, 6)
+
+
+@pytest.mark.parametrize("preset", train.PRESETS)
+def test_every_preset_trains_with_its_own_encoder(preset, drawn, tmp_path):
+    folder, small = tmp_path / "run", "96"  # pixels: Inception needs 75
+    train.main([
+        "--preset", preset, "--dataset", "shapes", "--cnn-weights", "none", "--limit", "6",
+        "--batch-size", "3", "--epochs", "1", "--img-size", small, "--data-dir", str(drawn),
+        "--output", str(folder), *BACKBONE.get(preset, []),
+    ])  # fmt: skip
+    model = CaptionModel.load(folder)
+    expected = {"resnet-transformer": "resnet50"} | {
+        name: flags["cnn_backbone"] for name, flags in train.PRESETS.items() if flags
+    }
+    assert model.encoder.name == expected[preset]
+    assert model.decoder.positions == (1 if "grid" in train.PRESETS[preset] else 9)
+    assert "CIDEr" in json.loads((folder / "scores.json").read_text())["test"]
+
+
+BACKBONE = {"resnet-transformer": ["--cnn-backbone", "resnet50"]}  # shapes has its own default

@@ -1,0 +1,95 @@
+"""`--annotate DIR` writes each picture with its caption, and never over a picture."""
+
+import pytest
+from PIL import Image
+from tiny import picture, run_script, tiny_model
+
+import inference
+import plots
+from inference import caption
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    tiny_model().save(folder / "best.safetensors")
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Pictures of several formats, two of one name, in folders."""
+    for number, name in enumerate(("a.jpg", "deep/a.jpg", "deep/b.gif", "c.PNG", "d.webp")):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(number, (400, 300)).save(path)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def annotate(run, capsys):
+    def call(*places, into):
+        return run_script(
+            inference, *places, "--checkpoint", run, "--annotate", into, capsys=capsys
+        )
+
+    return call
+
+
+def names(folder):
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def test_a_folder_is_written_out_as_it_lies(photos, run, annotate, tmp_path):
+    before = {path: path.read_bytes() for path in photos.rglob("*.*")}
+    code, _, err = annotate(photos, into=tmp_path / "new/out")
+    assert (code, err) == (0, "")
+    assert names(tmp_path / "new/out") == [
+        "a.jpg",
+        "c.PNG",
+        "d.webp",
+        "deep/a.jpg",
+        "deep/b.gif.png",
+    ]
+    assert before == {path: path.read_bytes() for path in photos.rglob("*.*")}
+    text = caption(photos / "c.PNG", checkpoint=run)
+    expected = plots.annotate(Image.open(photos / "c.PNG"), text)
+    with Image.open(tmp_path / "new/out/c.PNG") as made:
+        assert made.tobytes() == expected.tobytes() and made.height > 300
+
+
+def test_files_of_one_name_are_numbered(photos, annotate, tmp_path):
+    code, *_ = annotate(photos / "a.jpg", photos / "deep/a.jpg", into=tmp_path / "out")
+    assert code == 0 and names(tmp_path / "out") == ["a-2.jpg", "a.jpg"]
+
+
+def test_captioned_pictures_are_not_captioned_again(photos, annotate, monkeypatch):
+    monkeypatch.chdir(photos)
+    for _ in range(2):
+        code, out, _ = annotate(".", into="captioned")
+        assert code == 0 and len(out.splitlines()) == 5
+    assert len(names(photos / "captioned")) == 5
+
+
+@pytest.mark.parametrize("into", ["photos", "photos/../photos", "link"])
+def test_a_picture_is_never_overwritten(into, photos, annotate, tmp_path):
+    (tmp_path / "link").symlink_to(photos)
+    before = {path: path.read_bytes() for path in photos.rglob("*.*")}
+    code, out, err = annotate(photos, into=tmp_path / into)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "would overwrite the picture" in err
+    assert before == {path: path.read_bytes() for path in photos.rglob("*.*")}
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(photos, annotate, tmp_path):
+    (tmp_path / "out").write_text("")
+    code, out, err = annotate(photos, into=tmp_path / "out")
+    assert (code, out) == (2, "") and "cannot write (Not a directory)" in err
+
+
+def test_a_bad_picture_costs_only_itself(photos, annotate, tmp_path):
+    (photos / "bad.jpg").write_text("no picture")
+    code, _, err = annotate(photos, into=tmp_path / "out")
+    assert code == 2 and "1 of 6 pictures could not be captioned" in err
+    assert len(names(tmp_path / "out")) == 5

@@ -1,0 +1,46 @@
+"""A tiny model with pictures for it, and scripts run as their command line runs them."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+import files
+from dataset import Vocabulary
+from decoder import DecoderConfig
+from encoder import Encoder
+from model import CaptionModel
+
+METHODS = ("beam", "greedy", "sample")
+WORDS = ["a", "red", "blue", "circle", "square", "café", "dog", "on"]
+
+
+def tiny_model(
+    seed: int = 13, decoder: str = "transformer", words=WORDS, img_size: int = 64
+) -> CaptionModel:
+    """An untrained model with weights so large that its captions differ from picture to picture."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        sizes = DecoderConfig(decoder, d_model=16, n_head=2, n_decode=1, fc_dim=32, seq_len=8)
+        model = CaptionModel(Encoder("tiny", "all"), sizes, Vocabulary(words), img_size)
+    with torch.no_grad():
+        for name, weights in model.named_parameters():
+            if weights.dim() > 1:
+                weights.mul_(3 if name.startswith("encoder") else 8)
+    return model
+
+
+def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    """A smooth picture of its own colours, with no symmetry."""
+    rng = np.random.default_rng(seed)
+    small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+    return small.resize(size, Image.Resampling.BILINEAR)
+
+
+def run_script(script, *argv, capsys):
+    """Return exit code, stdout and stderr of a script's `main` as its command line runs it."""
+    code = 0
+    try:
+        files.run(lambda: script.main([str(word) for word in argv]))
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
