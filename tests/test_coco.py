@@ -1,12 +1,18 @@
 """COCO and Flickr30k on disk: ids, splits, several image folders, and what is said of bad files."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from tiny import as_flickr8k
 
+import evaluate
+import shapes
 import train
+from encoder import build_trunk
 from layouts import load_split
 from records import SplitMissingError
 
@@ -83,6 +89,67 @@ def test_coco_trains_to_its_end(official):
              "1", "--d-model", "16", "--n-head", "2", "--n-decode", "1"]  # fmt: skip
     train.main(flags)
     assert {"val", "test"} == json.loads((official / "run/scores.json").read_text()).keys()
+
+
+def as_coco(flickr8k: Path, folder: Path) -> Path:
+    """Write a Flickr8k folder (train and dev lists, captions, photographs) out as COCO 2014."""
+    number = 0
+    for part, split in (("train", "train"), ("val", "val")):
+        value: dict = {"images": [], "annotations": []}
+        (folder / f"{part}2014").mkdir(parents=True)
+        for record in load_split("flickr8k", flickr8k, split):
+            number += 7
+            name = f"COCO_{part}2014_{number:012}.jpg"
+            (folder / f"{part}2014" / name).write_bytes(record.path.read_bytes())
+            value["images"].append({"id": number, "file_name": name, "flickr": record.image_id})
+            value["annotations"] += [
+                {"id": number * 10 + place, "image_id": number, "caption": line}
+                for place, line in enumerate(record.captions)
+            ]
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / f"annotations/captions_{part}2014.json").write_text(json.dumps(value))
+    return folder
+
+
+def with_cocos_splits(flickr8k: Path, coco: Path) -> None:
+    """Give a Flickr8k folder the dev and test lists that COCO's val is parted into."""
+    names = {
+        image["id"]: image["flickr"]
+        for image in json.loads((coco / "annotations/captions_val2014.json").read_text())["images"]
+    }
+    for split, word in (("val", "dev"), ("test", "test")):
+        listed = [names[record.image_id] for record in load_split("coco", coco, split)]
+        path = flickr8k / f"Flickr8k_text/Flickr_8k.{word}Images.txt"
+        path.write_text("\n".join(listed))
+
+
+def test_photographs_in_cocos_layout_train_and_evaluate_to_the_very_same_numbers(tmp_path):
+    drawn = shapes.draw(tmp_path / "drawn", train=16, val=12, test=1)
+    flickr8k = as_flickr8k(drawn, tmp_path / "flickr8k", ("train", "dev"))
+    coco = as_coco(flickr8k, tmp_path / "coco")
+    with_cocos_splits(flickr8k, coco)
+    torch.manual_seed(0)
+    torch.save(build_trunk("resnet18").state_dict(), tmp_path / "cnn.pth")
+    reports, tables = [], []
+    for dataset, data in (("flickr8k", flickr8k), ("coco", coco)):
+        run, json_file = tmp_path / f"run-{dataset}", tmp_path / f"{dataset}.json"
+        train.main([
+            "--dataset", dataset, "--data-dir", str(data), "--output", str(run), "--cache-dir",
+            str(tmp_path / "cache"), "--cnn-weights", str(tmp_path / "cnn.pth"), "--cnn-backbone",
+            "resnet18", "--img-size", "64", "--epochs", "2", "--min-count", "1", "--d-model", "16",
+            "--n-head", "2", "--n-decode", "1", "--batch-size", "5",
+        ])  # fmt: skip
+        evaluate.main([
+            "--dataset", dataset, "--data-dir", str(data), "--checkpoint", str(run), "--split",
+            "test", "--json", str(json_file), "--no-java",
+        ])  # fmt: skip
+        report = json.loads(json_file.read_text())
+        assert report.pop("dataset") == dataset
+        reports.append((report, json.loads((run / "scores.json").read_text())))
+        with (run / "metrics.csv").open() as file:
+            tables.append([{**row, "seconds": None} for row in csv.DictReader(file)])
+    assert reports[0] == reports[1] and tables[0] == tables[1]
+    assert len(tables[0]) == 2 and reports[0][0]["images"] == 6
 
 
 def test_annotations_whose_ids_match_nothing_are_refused(official):

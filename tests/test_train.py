@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from scene_parser import is_true
+from tiny import as_flickr8k
 
 import files
 import inference
@@ -184,24 +185,6 @@ def test_no_dataset_is_one_clear_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def flickr8k(folder: Path, drawn: Path, lists: tuple[str, ...]) -> Path:
-    """Lay the drawn pictures out as official Flickr8k, with only some of its split lists."""
-    (folder / "Flickr8k_text").mkdir(parents=True)
-    (folder / "Flicker8k_Dataset").symlink_to(drawn / "images")
-    images = files.read_json(drawn / "captions.json")["images"]
-    lines = [
-        f"{image['filename']}#{number}\t{sentence['raw']} ."
-        for image in images
-        for number, sentence in enumerate(image["sentences"])
-    ]
-    (folder / "Flickr8k_text/Flickr8k.token.txt").write_text("\n".join(lines))
-    for name in lists:
-        split = {"dev": "val"}.get(name, name)
-        names = [image["filename"] for image in images if image["split"] == split]
-        (folder / f"Flickr8k_text/Flickr_8k.{name}Images.txt").write_text("\n".join(names))
-    return folder
-
-
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory) -> Path:
     """A ResNet-18 state dict with random weights."""
@@ -223,7 +206,7 @@ def train_resnet(resnet: Path, data: Path, tmp_path: Path, *more: str) -> dict[s
 
 
 def test_a_frozen_cnn_stays_as_it_was_and_is_cached(resnet, drawn, tmp_path):
-    data = flickr8k(tmp_path / "data", drawn, ("train", "dev"))
+    data = as_flickr8k(drawn, tmp_path / "data", ("train", "dev"))
     after = train_resnet(resnet, data, tmp_path)
     before = torch.load(resnet, weights_only=True)
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -234,7 +217,7 @@ def test_a_frozen_cnn_stays_as_it_was_and_is_cached(resnet, drawn, tmp_path):
 
 
 def test_finetuning_changes_the_last_stages_and_nothing_else(resnet, drawn, tmp_path):
-    data = flickr8k(tmp_path / "data", drawn, ("train", "dev"))
+    data = as_flickr8k(drawn, tmp_path / "data", ("train", "dev"))
     after = train_resnet(resnet, data, tmp_path, "--finetune-cnn", "--limit", "8")
     before = torch.load(resnet, weights_only=True)
     changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
@@ -244,14 +227,14 @@ def test_finetuning_changes_the_last_stages_and_nothing_else(resnet, drawn, tmp_
 
 
 def test_a_run_without_val_and_test_trains_and_says_so(resnet, drawn, tmp_path, caplog):
-    data = flickr8k(tmp_path / "data", drawn, ("train",))
+    data = as_flickr8k(drawn, tmp_path / "data", ("train",))
     train_resnet(resnet, data, tmp_path)
     assert "no val scores" in caplog.text and "no test scores" in caplog.text
     assert losses(tmp_path / "run")[0][1:] == ("", "")
 
 
 def test_resume_with_other_cnn_weights_is_refused(resnet, drawn, tmp_path):
-    data = flickr8k(tmp_path / "data", drawn, ("train",))
+    data = as_flickr8k(drawn, tmp_path / "data", ("train",))
     train_resnet(resnet, data, tmp_path)
     torch.manual_seed(1)
     torch.save(build_trunk("resnet18").state_dict(), tmp_path / "other.pth")

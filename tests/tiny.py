@@ -1,4 +1,6 @@
-"""A tiny model with pictures for it, and scripts run as their command line runs them."""
+"""A tiny model, pictures and datasets for it, and scripts run as their command line runs them."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,3 +46,21 @@ def run_script(script, *argv, capsys):
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()
+
+
+def as_flickr8k(drawn: Path, folder: Path, lists: tuple[str, ...]) -> Path:
+    """Lay the drawn pictures out as official Flickr8k, with only some of its split lists."""
+    (folder / "Flickr8k_text").mkdir(parents=True)
+    (folder / "Flicker8k_Dataset").symlink_to(drawn / "images")
+    images = files.read_json(drawn / "captions.json")["images"]
+    lines = [
+        f"{image['filename']}#{number}\t{sentence['raw']} ."
+        for image in images
+        for number, sentence in enumerate(image["sentences"])
+    ]
+    (folder / "Flickr8k_text/Flickr8k.token.txt").write_text("\n".join(lines))
+    for name in lists:
+        split = {"dev": "val"}.get(name, name)
+        names = [image["filename"] for image in images if image["split"] == split]
+        (folder / f"Flickr8k_text/Flickr_8k.{name}Images.txt").write_text("\n".join(names))
+    return folder
