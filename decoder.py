@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from decoding import PAD, State
+from layers import Dropout, Layout, attend, join_heads, split_heads, unpacked
 
 # The table of decoders, name → constructor, is at the end of this file.
 DecoderName = Literal["transformer", "lstm", "attention-lstm"]
@@ -59,51 +60,6 @@ class Taught(NamedTuple):
     attention: Tensor | None = None
 
 
-class Layout:
-    """Where the N real words of a batch sit, so that no layer works on padding.
-
-    Words travel packed, (N, D). Self-attention wants a row a caption, (M, T, D); cross-attention
-    a row an image, (B, W, D), with the words of all its captions side by side, so that the
-    image's keys and values are never copied for its captions.
-    """
-
-    def __init__(self, real: Tensor, owner: Tensor, images: int):
-        """`real` (M, T) is True at words; `owner` (M,) the image of each caption."""
-        captions, length = real.shape
-        self.caption, self.position = real.nonzero(as_tuple=True)  # (N,), (N,)
-        self.by_caption = (captions, length), self.caption * length + self.position
-        image = owner[self.caption]
-        order = image.argsort(stable=True)
-        counts = image.bincount(minlength=images)
-        before = counts.cumsum(0) - counts
-        place = torch.empty_like(image)  # the place of each word among its image's words
-        place[order] = torch.arange(len(image), device=image.device) - before[image[order]]
-        width = int(counts.max())
-        self.by_image = (images, width), image * width + place
-
-    @staticmethod
-    def spread(words: Tensor, grid: tuple[tuple[int, int], Tensor]) -> Tensor:
-        """Return packed `words` (N, D) laid on a grid (rows, columns, D), zeros elsewhere."""
-        (rows, columns), index = grid
-        empty = words.new_zeros(rows * columns, words.shape[-1])
-        return empty.index_copy(0, index, words).view(rows, columns, words.shape[-1])
-
-    @staticmethod
-    def pack(spread: Tensor, grid: tuple[tuple[int, int], Tensor]) -> Tensor:
-        """Return the words (N, D) of a grid (rows, columns, D)."""
-        return spread.flatten(0, 1)[grid[1]]
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(…, T, D) -> (…, H, T, E)"""
-    return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
-
-
-def join_heads(x: Tensor) -> Tensor:
-    """(…, H, T, E) -> (…, T, D)"""
-    return x.transpose(-2, -3).flatten(-2)
-
-
 class Block(nn.Module):
     """A pre-norm decoder layer: words look at earlier words, then at the image, then think."""
 
@@ -119,10 +75,10 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(width, config.fc_dim),
             nn.GELU(),
-            nn.Dropout(config.dropout),
+            Dropout(config.dropout),
             nn.Linear(config.fc_dim, width),
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def look(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Return the image's keys and values, each (B, H, S, E), of memory (B, S, D)."""
@@ -134,12 +90,12 @@ class Block(nn.Module):
         qkv = layout.spread(self.qkv(self.norm_self(x)), layout.by_caption)  # (M, T, 3D)
         query, key, value = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         # Padding comes last in a row, so the causal mask hides it from every word.
-        heard = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        heard = attend(query, key, value, causal=True)
         heard = layout.pack(join_heads(heard), layout.by_caption)
         x = x + self.dropout(self.self_out(heard))
 
         query = layout.spread(self.query(self.norm_cross(x)), layout.by_image)  # (B, W, D)
-        seen = F.scaled_dot_product_attention(split_heads(query, self.heads), *image)
+        seen = attend(split_heads(query, self.heads), *image)
         x = x + self.dropout(self.cross_out(layout.pack(join_heads(seen), layout.by_image)))
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
@@ -150,11 +106,11 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm_self(x))[..., None, :]  # (B, K, 1, 3D)
         query, key, value = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         key, value = torch.cat([past[0], key], -2), torch.cat([past[1], value], -2)
-        heard = F.scaled_dot_product_attention(query, key, value)  # (B, K, H, 1, E)
+        heard = attend(query, key, value)  # (B, K, H, 1, E)
         x = x + self.self_out(join_heads(heard)[..., 0, :])
 
         query = split_heads(self.query(self.norm_cross(x)), self.heads)  # (B, H, K, E)
-        x = x + self.cross_out(join_heads(F.scaled_dot_product_attention(query, *image)))
+        x = x + self.cross_out(join_heads(attend(query, *image)))
         return x + self.mlp(self.norm_mlp(x)), (key, value)
 
 
@@ -169,7 +125,7 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(vocabulary, config.d_model)
         # The output layer is the embedding too: N(0, 1/D) suits both.
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def check(self, features: Tensor) -> None:
         """Raise ValueError where `features` (B, S, C) are not what this was built for."""
@@ -423,13 +379,6 @@ class AttentionLSTM(Decoder):
         beam, seen, attention = self.advance(words, state.beam, *state.image)
         log_probs = self.logits(words, beam[-2], seen).log_softmax(-1)
         return log_probs, State(state.image, beam, attention)
-
-
-def unpacked(words: Tensor, real: Tensor) -> Tensor:
-    """Return `words` (N, X) where `real` (rows, columns) is True, zeros elsewhere."""
-    return words.new_zeros(*real.shape, words.shape[-1]).index_put(
-        real.nonzero(as_tuple=True), words
-    )
 
 
 DECODERS: dict[str, Callable[..., Decoder]] = {

@@ -45,7 +45,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "resnet-transformer": {},
     "show-and-tell": {
         "cnn_backbone": "inception_v3", "grid": 1, "decoder": "lstm", "d_model": 512,
-        "fc_dim": 512, "n_decode": 1, "dropout": 0.5,
+        "fc_dim": 512, "n_decode": 1, "dropout": 0.3, "lr": 2e-3, "epochs": 15,
     },
     "cnn-rnn": {
         "dataset": "coco", "cnn_backbone": "resnet50", "grid": 1, "decoder": "lstm",

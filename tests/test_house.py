@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from tiers above its own, or from rows above it in its own tier.
 TIERS = (
     ("files", "decoding", "tokenizer", "images", "metrics", "plots", "shapes"),
-    ("download_data", "encoder", "decoder", "tables", "records", "layouts", "dataset"),
+    ("download_data", "encoder", "layers", "decoder", "tables", "records", "layouts", "dataset"),
     ("model", "features"),
     ("losses", "inference"),
     ("evaluate",),
