@@ -327,6 +327,7 @@ class AttentionLSTM(Decoder):
         `state` holds h and c of each layer in turn, each (B, K, fc_dim).
         """
         seen, attention = self.look(memory, keys, state[-2])
+        words = words * words.shape[-1] ** 0.5  # of the image's size, as the LSTM reads them
         x, after = torch.cat([words, seen], -1).flatten(0, 1), []
         for layer, cell in enumerate(self.cells):
             before = (part.flatten(0, 1) for part in state[2 * layer : 2 * layer + 2])
