@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from PIL.Image import Resampling
 from torch import Tensor, nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, torchvision's own
@@ -310,7 +312,14 @@ def folded(encoder: Encoder) -> Encoder:
     return light.to(memory_format=torch.channels_last)
 
 
-class Resize(nn.Module):
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Tell whether the device multiplies bfloat16 matrices faster than float32."""
+    if device.type == "cpu":  # elsewhere it works too, many times slower
+        return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return device.type == "cuda"
+
+
+class Resize:
     """A PIL image → (3, H, W) normalised pixels, squashed to a square of `size` pixels.
 
     With `crop`, a random part (at least 80 % of the area, nearly of the image's own shape) is
@@ -318,29 +327,25 @@ class Resize(nn.Module):
     """
 
     def __init__(self, size: int, crop: bool = False):
-        super().__init__()
-        from torchvision.transforms import v2
-
         self.size, self.crop = size, crop
-        self.normalise = v2.Compose([
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(MEAN, STD),
-        ])  # fmt: skip
+        mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
+        self.scale, self.shift = 1 / (255 * std), mean / std
 
-    def forward(self, image: Any) -> Tensor:
-        return self.normalise(self.resize(image))
+    def __call__(self, image: Any) -> Tensor:
+        pixels = torch.from_numpy(np.array(self.resize(image)))  # (H, W, 3) uint8
+        return pixels.permute(2, 0, 1) * self.scale - self.shift
 
     def resize(self, image: Any) -> Any:
         """Return the PIL image, or a random part of it, at the size wanted."""
-        from torchvision.transforms import v2
-
+        size = (self.size, self.size)
         if not self.crop:
-            return v2.functional.resize(image, [self.size, self.size], antialias=True)
+            return image.resize(size, Resampling.BILINEAR)
+        from torchvision.transforms.v2 import RandomResizedCrop  # slow to import: not at start
+
         # Relative to the image's own shape: a square of 80 % does not fit into a 3:2 photograph.
         shape = image.width / image.height
         ratio = (0.9 * shape, 1.1 * shape)
-        return v2.RandomResizedCrop(self.size, (0.8, 1.0), ratio, antialias=True)(image)
+        return RandomResizedCrop(self.size, (0.8, 1.0), ratio, antialias=True)(image)
 
 
 def image_transform(img_size: int, *, train: bool) -> Callable[[Any], Tensor]:

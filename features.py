@@ -22,7 +22,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import files
-from encoder import TRANSFORM, Encoder, fingerprint, folded, image_transform
+from encoder import (
+    TRANSFORM,
+    Encoder,
+    fingerprint,
+    folded,
+    image_transform,
+    multiplies_bfloat16,
+)
 from images import read_image
 from records import MAX_LEFT_OUT, UNREADABLE, Record, leave_out
 
@@ -94,26 +101,32 @@ def cached_features(
     device: torch.device | str = "cpu",
     batch_size: int = 32,
     workers: int = 2,
+    amp: bool = False,
 ) -> FeatureCache:
     """Return the cache of `records` in `folder`, extracting what is not there yet.
 
+    With `amp` the CNN works in bfloat16 where the device is made for it: about twice as fast, and
+    the features differ in the third digit.
     The file is called `name` and a digest of what makes it, so a cache of other weights, sizes or
     images can lie beside it. Raises ValueError when over 1 % of the images cannot be read.
     """
     if not records:
         raise ValueError(f"there are no images to encode for {name}")
-    description = describe(records, encoder, img_size)
+    amp = amp and multiplies_bfloat16(torch.device(device))
+    description = describe(records, encoder, img_size, amp)
     key = _digest(repr(sorted(description.items())))[:10]
     path = folder / f"{name}-{encoder.name}-{img_size}-{key}.npy"
     with files.lock(path.with_suffix(".lock")):
         if not (path.exists() and path.with_suffix(".json").exists()):
-            _extract(records, encoder, path, description, device, batch_size, workers)
+            _extract(records, encoder, path, description, device, batch_size, workers, amp)
     cache = FeatureCache(path, description)
     leave_out(cache.description["left_out"], len(records), "can't be read")
     return cache
 
 
-def describe(records: Sequence[Record], encoder: Encoder, img_size: int) -> dict[str, Any]:
+def describe(
+    records: Sequence[Record], encoder: Encoder, img_size: int, amp: bool = False
+) -> dict[str, Any]:
     """Return what a cache of these images by this encoder must say of itself."""
     files_seen = [f"{record.image_id} {_size(record.path)}" for record in records]
     return {
@@ -121,6 +134,7 @@ def describe(records: Sequence[Record], encoder: Encoder, img_size: int) -> dict
         "weights": fingerprint(encoder),
         "img_size": img_size,
         "grid": encoder.grid,
+        "precision": "bfloat16" if amp else "float32",
         "transform": TRANSFORM,
         "views": 1,
         "image_ids": [record.image_id for record in records],
@@ -144,6 +158,7 @@ def _extract(
     device: torch.device | str,
     batch_size: int,
     workers: int,
+    amp: bool,
 ) -> None:
     """Fill the cache at `path`; on return the .npy is complete and the .json says so.
 
@@ -155,7 +170,7 @@ def _extract(
     array, done, lost = _resumed(part, progress)
     bar = tqdm(total=len(records), initial=done, desc=path.stem, unit=" images", disable=None)
     batches = encode_images(
-        records[done:], encoder, description["img_size"], device, batch_size, workers
+        records[done:], encoder, description["img_size"], device, batch_size, workers, amp
     )
     with bar:
         for number, (features, unread) in enumerate(batches, 1):
@@ -222,10 +237,12 @@ def encode_images(
     device: torch.device | str = "cpu",
     batch_size: int = 32,
     workers: int = 2,
+    amp: bool = False,
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Yield features (B, S, C) in float16, batch by batch, and which ids could not be read.
 
-    An image that can't be read has a row of zeros, so rows stay with their records.
+    An image that can't be read has a row of zeros, so rows stay with their records. With `amp`
+    the CNN works in bfloat16.
     """
     loader = DataLoader(
         _Pixels(records, img_size),
@@ -233,10 +250,11 @@ def encode_images(
         num_workers=min(workers, len(records)),
         collate_fn=_stack,
     )
-    encoder = folded(encoder).to(device)
+    dtype = torch.bfloat16 if amp else torch.float32
+    encoder = folded(encoder).to(device, dtype)
     for images, unread in loader:
         with torch.no_grad():  # not around the yield: it would reach into the caller
-            features = encoder(images.to(device, non_blocking=True))
+            features = encoder(images.to(device, dtype, non_blocking=True)).float()
         lost = [row for row, image_id in enumerate(unread) if image_id is not None]
         features[lost] = 0
         # float16 ends at 65,504; beyond it lies infinity.

@@ -96,14 +96,22 @@ class CaptionModel(nn.Module):
         path = checkpoint_file(path)
         about, tensors = read_checkpoint(path)
         try:
-            model = cls._described(about)
+            with torch.device("meta"):  # nothing is drawn that the file's weights replace
+                model = cls._described(about)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} does not describe a model that this version can build ({error}); use the "
                 "version of the project that wrote it"
             ) from error
         try:
-            model.load_state_dict(tensors)
+            wanted = model.state_dict()
+            model.load_state_dict(
+                {
+                    name: tensor.to(wanted[name].dtype) if name in wanted else tensor
+                    for name, tensor in tensors.items()
+                },
+                assign=True,
+            )
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{path} has other weights than it says: {reason}") from error

@@ -234,9 +234,15 @@ def build(config: Config) -> tuple[CaptionModel, Data]:
     for split, records in data.items():
         if encoder.trained == "none":
             name = f"{config.data.dataset}-{split}"
-            folder, workers = config.data.cache_dir, config.data.workers
             caches[split] = cached_features(
-                records, encoder, img_size, folder, name, device=device, workers=workers
+                records,
+                encoder,
+                img_size,
+                config.data.cache_dir,
+                name,
+                device=device,
+                workers=config.data.workers,
+                amp=config.train.amp,
             )
             data[split] = [record for record in records if record.image_id in caches[split]]
         else:

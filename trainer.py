@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import files
 from dataset import mix
-from encoder import fingerprint
+from encoder import fingerprint, multiplies_bfloat16
 from losses import cross_entropy, unlooked
 from model import CaptionModel
 
@@ -207,13 +207,6 @@ class Trainer:
         scores = [row["CIDEr"] for row in self.rows if row["CIDEr"] is not None]
         waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
         return bool(self.config.patience) and waited >= self.config.patience
-
-
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Tell whether the device multiplies bfloat16 matrices faster than float32."""
-    if device.type == "cpu":  # elsewhere it works too, many times slower
-        return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return device.type == "cuda"
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
