@@ -7,6 +7,7 @@ No model is known here. A decoder gives two functions: `start(memory)` returns a
 next state. Images whose captions are complete leave the batch, so the work shrinks as it goes.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -117,8 +118,8 @@ def greedy(
     word left to say ends, though it be too short. Raises ValueError on bounds out of range.
     """
 
-    def most_probable(log_probs: Tensor) -> Tensor:
-        return log_probs.argmax(-1)
+    def most_probable(log_probs: Tensor) -> tuple[Tensor, Tensor]:
+        return log_probs.max(-1)
 
     return _roll(decoder, memory, 1, most_probable, max_words, min_words, no_repeat_ngram)
 
@@ -152,12 +153,13 @@ def sample(
     if n < 1 or top_k < 0:
         raise ValueError(f"n {n} must be at least 1 and top-k {top_k} at least 0 (0: all words)")
 
-    def draw(log_probs: Tensor) -> Tensor:
+    def draw(log_probs: Tensor) -> tuple[Tensor, Tensor]:
         # The best at 0, so that no temperature sends all of them to minus infinity.
         logits = (log_probs - log_probs.amax(-1, keepdim=True)) / temperature
         logits = filter_words(logits, top_k, top_p)
         flat = logits.softmax(-1).flatten(0, 1)
-        return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:2])
+        words = torch.multinomial(flat, 1, generator=generator).view(*logits.shape[:2], 1)
+        return log_probs.gather(-1, words)[..., 0], words[..., 0]
 
     return _roll(decoder, memory, n, draw, max_words, min_words, no_repeat_ngram)
 
@@ -182,41 +184,51 @@ def _roll(
     decoder: Steps,
     memory: Any,
     n: int,
-    choose: Callable[[Tensor], Tensor],
+    choose: Callable[[Tensor], tuple[Tensor, Tensor]],
     max_words: int,
     min_words: int,
     no_repeat_ngram: int,
 ) -> Decoded:
     """Extend `n` independent captions an image by `choose`, until all have ended.
 
-    `choose` picks a word (B, K) of log-probabilities (B, K, V), minus infinity where forbidden.
+    `choose` picks a word of log-probabilities (B, K, V), minus infinity where forbidden: it
+    returns the words' log-probabilities (B, K) and the words (B, K).
     """
     _check(max_words, min_words, no_repeat_ngram)
     state = decoder.start(memory)
     images, device = _size(state)
-    tokens = torch.full((images, n, max_words + 1), PAD, device=device)
+    results = torch.full((images, n, max_words + 1), PAD, device=device)
     log_prob = torch.zeros(images, n, device=device)
-    alive = torch.arange(images, device=device)  # the images that still grow
+    alive = torch.arange(images, device=device)  # which image each row of the batch is
     token = torch.full((images, 1), START, device=device)
+    said = token[..., None][..., :0].expand(-1, n, -1)  # (B, K, 0)
+    total, ended = log_prob, torch.zeros(images, n, dtype=torch.bool, device=device)
     for position in range(max_words + 1):
         log_probs, state = decoder.step(token, state)
-        if position == 0:
+        if position == 0 and n > 1:
             state = state.reorder(torch.zeros(len(alive), n, dtype=torch.long, device=device))
             log_probs = log_probs.expand(-1, n, -1)  # (B, 1, V) -> (B, n, V)
-        said = tokens[alive, :, :position]
         allowed = _allow(log_probs, said, position, max_words, min_words, no_repeat_ngram)
-        ended = (said == END).any(-1)
-        token = choose(allowed).masked_fill(ended, PAD)
-        gain = allowed.gather(-1, token[..., None])[..., 0].masked_fill(ended, 0)
-        tokens[alive, :, position] = token
-        log_prob[alive] += gain
-        growing = ~((token == END) | ended).all(-1)
-        if not growing.all():
-            rows = growing.nonzero()[:, 0]
+        gain, token = choose(allowed)
+        if n > 1:  # of one caption an image, those that have ended are gone
+            gain, token = gain.masked_fill(ended, 0), token.masked_fill(ended, PAD)
+        total, ended = total + gain, ended | (token == END)
+        said = torch.cat([said, token[..., None]], -1)
+        done = ended.all(-1)
+        if done.any():
+            rows, leaving = (~done).nonzero()[:, 0], alive[done]
+            results[leaving, :, : position + 1] = said[done]
+            log_prob = log_prob.index_put((leaving,), total[done])
             if not len(rows):
                 break
-            alive, token, state = alive[rows], token[rows], state.keep_images(rows)
-    return Decoded(_trim(tokens), log_prob)
+            alive, token, said, state = (
+                alive[rows],
+                token[rows],
+                said[rows],
+                state.keep_images(rows),
+            )
+            total, ended = total[rows], ended[rows]
+    return Decoded(_trim(results), log_prob)
 
 
 @torch.no_grad()
@@ -351,14 +363,10 @@ def _allow(
     no_repeat_ngram: int,
 ) -> Tensor:
     """Return `log_probs` (B, K, V) with the words that may not come next at minus infinity."""
-    allowed = log_probs.to(torch.float32, copy=True)
-    if position >= max_words:
-        allowed[..., :END] = -math.inf
-        allowed[..., END + 1 :] = -math.inf
-    for word in NEVER:  # not by a list, which would have to travel to the GPU
-        allowed[..., word] = -math.inf
-    if position < min_words:
-        allowed[..., END] = -math.inf
+    only_end, no_end = position >= max_words, position < min_words
+    allowed = log_probs.float() + _forbidden(
+        log_probs.shape[-1], only_end, no_end, log_probs.device
+    )
     if no_repeat_ngram and position >= no_repeat_ngram:
         # Windows of n words whose first n - 1 are the last n - 1 said forbid their last word.
         windows = said.unfold(-1, no_repeat_ngram, 1)  # (B, K, windows, n)
@@ -368,10 +376,23 @@ def _allow(
         ceiling = ceiling.masked_fill(repeats, -math.inf)
         allowed = allowed.scatter_reduce(-1, windows[..., -1], ceiling, "amin")
     # Where no word is left, the caption ends.
-    stuck = (allowed == -math.inf).all(-1)
+    stuck = allowed.amax(-1) == -math.inf
     end = log_probs[..., END].float().clamp(min=LAST_RESORT)
     allowed[..., END] = torch.where(stuck, end, allowed[..., END])
     return allowed
+
+
+@functools.lru_cache(maxsize=64)
+def _forbidden(words: int, only_end: bool, no_end: bool, device: torch.device) -> Tensor:
+    """Return (V,) to add to log-probabilities: minus infinity where a word may not come."""
+    forbidden = torch.zeros(words)
+    if only_end:
+        forbidden[:] = -math.inf
+        forbidden[END] = 0
+    forbidden[list(NEVER)] = -math.inf
+    if no_end:
+        forbidden[END] = -math.inf
+    return forbidden.to(device)
 
 
 def _check(max_words: int, min_words: int, no_repeat_ngram: int) -> None:

@@ -81,8 +81,10 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p or x.device.type != "cpu":
-            return F.dropout(x, self.p, self.training)
+        if not self.training or not self.p:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
         dropped = max(1, round(self.p * 256))
         random = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         keep = random.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped

@@ -107,7 +107,8 @@ class CaptionModel(nn.Module):
             wanted = model.state_dict()
             model.load_state_dict(
                 {
-                    name: tensor.to(wanted[name].dtype) if name in wanted else tensor
+                    # Copied: the file's tensors lie at odd addresses, which slows every product.
+                    name: tensor.to(wanted[name].dtype, copy=True) if name in wanted else tensor
                     for name, tensor in tensors.items()
                 },
                 assign=True,

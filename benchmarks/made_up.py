@@ -21,9 +21,11 @@ MEAN_LENGTH, SPREAD = 10.8, 3.0  # words a caption, as in Flickr8k
 POSITIONS, CHANNELS = 49, 2048  # ResNet-50 at 224 pixels
 
 
-def captions(images: int, seed: int = 0, mean_length: float = MEAN_LENGTH) -> list[list[str]]:
+def captions(
+    images: int, seed: int = 0, mean_length: float = MEAN_LENGTH, words: int = WORDS
+) -> list[list[str]]:
     """Return five captions for each image: its scene's sentence, cut and changed here and there."""
-    scenes = [_scene(number) for number in range(SCENES)]
+    scenes = [_scene(number, words) for number in range(SCENES)]
     rng = random.Random(seed)
     return [
         [_said(scenes[image % SCENES], rng, mean_length) for _ in range(PER_IMAGE)]
@@ -31,10 +33,10 @@ def captions(images: int, seed: int = 0, mean_length: float = MEAN_LENGTH) -> li
     ]
 
 
-def _scene(number: int) -> list[str]:
+def _scene(number: int, words: int) -> list[str]:
     rng = random.Random(1000 + number)
-    own = [f"w{rng.randrange(100, WORDS)}" for _ in range(12)]
-    return [rng.choice(own) if rng.random() < 0.5 else _common(rng) for _ in range(60)]
+    own = [f"w{rng.randrange(100, words)}" for _ in range(12)]
+    return [rng.choice(own) if rng.random() < 0.5 else _common(rng) for _ in range(80)]
 
 
 def _common(rng: random.Random) -> str:
@@ -47,9 +49,9 @@ def _said(scene: list[str], rng: random.Random, mean_length: float) -> str:
     return " ".join(said)
 
 
-def vocabulary() -> Vocabulary:
+def vocabulary(words: int = WORDS) -> Vocabulary:
     """Return all the words there are."""
-    return Vocabulary([f"w{number}" for number in range(WORDS)])
+    return Vocabulary([f"w{number}" for number in range(words)])
 
 
 def features(images: int, positions: int = POSITIONS, channels: int = CHANNELS) -> Tensor:

@@ -1,0 +1,200 @@
+"""How cost grows with images, caption length, beams and vocabulary: `python benchmarks/growth.py`.
+
+B images · S image positions · C backbone channels
+
+Each point is a process of its own, so that its peak memory is its own. Features are small, 4 x 64,
+and made up: what grows is the bookkeeping around them and the decoder's work.
+"""
+
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from made_up import captions, vocabulary  # noqa: E402
+
+import files  # noqa: E402
+from dataset import CaptionDataset, get_loader  # noqa: E402
+from decoder import DecoderConfig, build_decoder  # noqa: E402
+from decoding import beam_search  # noqa: E402
+from features import FeatureCache  # noqa: E402
+from losses import cross_entropy  # noqa: E402
+from records import Record  # noqa: E402
+
+POSITIONS, CHANNELS = 4, 64
+STEPS, DECODED = 30, 512  # training steps and images that are timed where images don't vary
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one process measures."""
+
+    images: int = 1000
+    length: int = 11
+    beam: int = 5
+    words: int = 2900
+
+
+VARIED: dict[str, tuple[int, ...]] = {
+    "images": (1_000, 3_000, 10_000, 30_000, 100_000),
+    "length": (5, 10, 20, 40),
+    "beam": (1, 2, 5, 10, 20),
+    "words": (1_000, 3_000, 10_000, 30_000, 100_000),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The flags of this benchmark."""
+
+    json: Path | None = None
+    """Also write the figures to this JSON file."""
+    picture: Path | None = None
+    """Also draw them into this PNG file."""
+    vary: tuple[str, ...] = tuple(VARIED)
+    """What to vary: images, length, beam, words."""
+
+
+def build_cache(folder: Path, images: int) -> FeatureCache:
+    """Write features for so many images as `features.py` would, and map them."""
+    path = folder / "made-up.npy"
+    array = np.lib.format.open_memmap(path, "w+", np.float16, (images, 1, POSITIONS, CHANNELS))
+    rng = np.random.default_rng(0)
+    for start in range(0, images, 10_000):
+        part = array[start : start + 10_000]
+        part[:] = rng.random(part.shape, np.float32)
+    del array, part
+    names = [str(number) for number in range(images)]
+    files.write_json(path.with_suffix(".json"), {"image_ids": names, "left_out": []})
+    return FeatureCache(path)
+
+
+def measure(point: Point) -> dict[str, float]:
+    """Return seconds of an image trained, seconds of an image captioned, and peak MB."""
+    torch.manual_seed(0)
+    words = vocabulary(point.words)
+    before = peak()
+    with tempfile.TemporaryDirectory() as folder:
+        cache = build_cache(Path(folder), point.images)
+        said = captions(point.images, mean_length=point.length, words=point.words)
+        records = [Record(str(n), Path(f"{n}.jpg"), tuple(each)) for n, each in enumerate(said)]
+        config = DecoderConfig(seq_len=3 * point.length)
+        decoder = build_decoder(
+            config, vocabulary=len(words), channels=CHANNELS, positions=POSITIONS
+        )
+        dataset = CaptionDataset(records, words, config.seq_len, features=cache)
+        trained = train(decoder, dataset, len(records) if point.images > 1000 else 0)
+        spoken = speak(decoder.eval(), dataset, point)
+        return {"train": trained, "caption": spoken, "memory": peak() - before}
+
+
+def peak() -> float:
+    """Return this process's peak memory in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
+
+def train(decoder: Any, dataset: CaptionDataset, images: int) -> float:
+    """Return seconds an image of training; all `images` are gone through, at least 30 steps."""
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
+    done, began = 0, 0.0
+    for number, batch in enumerate(get_loader(dataset, 32, shuffle=True)):
+        if number == 2:  # the first steps prepare things
+            done, began = 0, time.perf_counter()
+        if number >= STEPS + 2:  # a step costs the same to the end: reading on is enough
+            if not images:
+                break
+            continue
+        logits = decoder(decoder.remember(batch.inputs.float()), batch.tokens, batch.owner).logits
+        loss = cross_entropy(logits, batch.tokens)
+        optimizer.zero_grad()
+        (loss.objective / loss.words).backward()
+        optimizer.step()
+        done += len(batch.image_ids)
+        seconds = time.perf_counter() - began
+    return seconds / done
+
+
+@torch.inference_mode()
+def speak(decoder: Any, dataset: CaptionDataset, point: Point) -> float:
+    """Return seconds an image of beam search, every caption as long as asked for."""
+    images = DECODED if point.images <= 1000 else min(point.images, 10_000)
+    began = time.perf_counter()
+    for start in range(0, images, 64):
+        rows = range(start, min(start + 64, images))
+        seen = torch.stack([dataset.features.get(dataset.records[row].image_id) for row in rows])
+        beam_search(
+            decoder,
+            decoder.remember(seen.float()),
+            beam_size=point.beam,
+            max_words=point.length,
+            min_words=point.length,
+        )
+    return (time.perf_counter() - began) / images
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure every point and print a table."""
+    config = files.parse(Config, argv, program="growth.py", description="Measure how cost grows.")
+    files.check_writable(config.json, config.picture)
+    unknown = set(config.vary) - set(VARIED)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} can't be varied; choose from {', '.join(VARIED)}")
+    context = multiprocessing.get_context("spawn")
+    rows = []
+    print("| varied | value | training, ms an image | beam search, ms an image | peak memory, MB |")
+    print("|---|---|---|---|---|")
+    for name in config.vary:
+        for value in VARIED[name]:
+            point = replace(Point(), **{name: value})
+            with context.Pool(1) as pool:
+                found = pool.apply(measure, (point,))
+            rows.append({"varied": name, **asdict(point), **found})
+            print(
+                f"| {name} | {value:,} | {1000 * found['train']:.2f} | "
+                f"{1000 * found['caption']:.2f} | {found['memory']:.0f} |",
+                flush=True,
+            )
+    if config.json:
+        files.write_json(config.json, rows)
+    if config.picture:
+        draw(config.picture, rows)
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Draw time (left axis) and memory (right) against what was varied, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    varied = list(dict.fromkeys(row["varied"] for row in rows))
+    figure = Figure(figsize=(3.6 * len(varied), 3.6), dpi=110, layout="constrained")
+    titles = {"images": "images", "length": "words a caption", "beam": "beams",
+              "words": "words in the vocabulary"}  # fmt: skip
+    for axes, name in zip(figure.subplots(1, len(varied), squeeze=False)[0], varied, strict=True):
+        chosen = [row for row in rows if row["varied"] == name]
+        values = [row[name] for row in chosen]
+        for key, label, colour in (
+            ("train", "training", "#0072B2"),
+            ("caption", "beam search", "#D55E00"),
+        ):
+            axes.loglog(
+                values, [1000 * row[key] for row in chosen], "o-", color=colour, label=label
+            )
+        axes.set(xlabel=titles[name], ylabel="ms an image")
+        memory = axes.twinx()
+        memory.loglog(values, [row["memory"] for row in chosen], "s--", color="#777777")
+        memory.set_ylabel("peak memory, MB (dashed)", color="#555555")
+        axes.legend(frameon=False, fontsize=8)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+if __name__ == "__main__":
+    files.run(main)

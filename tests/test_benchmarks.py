@@ -1,0 +1,83 @@
+"""The usual way, against which speed is measured, gives our losses and captions."""
+
+import json
+
+import bench
+import growth
+import made_up
+import pytest
+import torch
+import usual_way
+
+from decoder import DecoderConfig, build_decoder
+from decoding import END, beam_search, greedy
+from losses import cross_entropy
+
+SIZES = {"d_model": 16, "n_head": 2, "n_decode": 2, "fc_dim": 32, "seq_len": 9}
+SEARCH = {"beam_size": 4, "max_words": 9}
+
+
+def decoder(kind: str):
+    """Return an untrained decoder with weights so large that its captions differ."""
+    torch.manual_seed(1)
+    made = build_decoder(DecoderConfig(kind, **SIZES), vocabulary=30, channels=8, positions=6)
+    with torch.no_grad():
+        for weights in made.parameters():
+            weights.mul_(3 if weights.dim() > 1 else 1)
+    return made.eval()
+
+
+def said(decoded) -> list[list[int]]:
+    return [line[: line.index(END) + 1] for line in decoded.tokens[:, 0].tolist()]
+
+
+def test_the_usual_training_step_has_our_loss():
+    ours, words = decoder("transformer"), made_up.vocabulary(26)
+    one = made_up.batch(4, words=words)
+    tokens = one.tokens[:, :10]
+    seen = torch.randn(4, 6, 8)
+    expected = cross_entropy(ours(ours.remember(seen), tokens, one.owner).logits, tokens)
+    usual = usual_way.UsualTransformer(ours).eval()
+    for given in (tokens, usual_way.padded(tokens, usual_way.PADDED_TO)):
+        loss = usual.loss(seen[one.owner], given)
+        assert float(loss.detach()) == pytest.approx(float(expected.nll / expected.words), abs=1e-4)
+
+
+def test_the_usual_ways_of_decoding_find_our_captions():
+    seen = torch.randn(12, 6, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        ours = decoder("transformer")
+        usual = usual_way.UsualTransformer(ours).eval()
+        quick = greedy(ours, ours.remember(seen), max_words=9)
+        slow = usual_way.greedy(usual, seen, 9).tolist()
+        assert [line[: line.index(END) + 1] for line in slow] == said(quick)
+        for kind, way, model in (
+            ("transformer", usual_way.transformer_beam, usual),
+            ("attention-lstm", usual_way.attention_beam, decoder("attention-lstm")),
+        ):
+            ours = decoder(kind)
+            expected = said(beam_search(ours, ours.remember(seen), **SEARCH, length_penalty=0.7))
+            found = [way(model, each, **SEARCH, penalty=0.7) for each in seen]
+            assert found == expected and len({tuple(line) for line in found}) >= 3
+
+
+def test_the_benchmark_writes_its_table(tmp_path, capsys):
+    bench.main(["--rows", "reward", "--repeats", "1", "--json", str(tmp_path / "bench.json")])
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert report["machine"]
+    (row,) = report["rows"]
+    assert row.keys() == {"name", "unit", "usual", "ours", "ratio", "target", "met"}
+    assert row["ratio"] == pytest.approx(row["ours"] / row["usual"])
+    assert "| CIDEr-D reward of 320 samples | captions/s |" in capsys.readouterr().out
+
+
+def test_an_unknown_row_is_named():
+    with pytest.raises(ValueError, match="no row is called .*dog.*choose from training"):
+        bench.main(["--rows", "dog"])
+    with pytest.raises(ValueError, match="dog can't be varied; choose from images"):
+        growth.main(["--vary", "dog"])
+
+
+def test_made_up_captions_are_as_long_as_real_ones():
+    lengths = [len(line.split()) for lines in made_up.captions(400) for line in lines]
+    assert sum(lengths) / len(lengths) == pytest.approx(10.8, abs=0.3)
