@@ -324,7 +324,7 @@ def test_flags_win_over_the_preset_and_the_preset_over_the_dataset():
     flags = train.flat(config)
     assert (flags["cnn_backbone"], flags["decoder"]) == ("inception_v3", "lstm")  # the preset's
     assert flags["d_model"] == 8 and flags["fc_dim"] == 512
-    assert (flags["cnn_weights"], flags["epochs"]) == ("none", 6)  # the dataset's
+    assert (flags["cnn_weights"], flags["min_count"]) == ("none", 1)  # the dataset's
 
 
 def test_shapes_captions_are_true_of_their_pictures(shapes_run):
