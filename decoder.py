@@ -319,7 +319,7 @@ class AttentionLSTM(Decoder):
 
         `keys` (B, S, D) is the image's part of the score, the same at every word.
         """
-        mixed = (keys[:, None] + self.query(hidden)[:, :, None]).tanh()  # (B, K, S, D)
+        mixed = (keys[:, None] + self.query(hidden)[:, :, None]).tanh_()  # (B, K, S, D)
         attention = self.score(mixed)[..., 0].softmax(-1)
         return self.gate(hidden).sigmoid() * (attention @ memory), attention
 

@@ -36,20 +36,24 @@ class State(NamedTuple):
 
     def keep_images(self, index: Tensor) -> "State":
         """Return the state of the images in `index` (b,) alone."""
-        return State(
-            tuple(tensor[index] for tensor in self.image),
-            tuple(tensor[index] for tensor in self.beam),
-            None if self.attention is None else self.attention[index],
-        )
+
+        def kept(tensor: Tensor) -> Tensor:
+            return tensor.index_select(0, index)
+
+        attention = None if self.attention is None else kept(self.attention)
+        return State(tuple(map(kept, self.image)), tuple(map(kept, self.beam)), attention)
 
     def reorder(self, parents: Tensor) -> "State":
         """Return the state in which beam k of an image continues its old beam `parents` (B, K)."""
         rows = torch.arange(len(parents), device=parents.device)[:, None]
-        return State(
-            self.image,
-            tuple(tensor[rows, parents] for tensor in self.beam),
-            None if self.attention is None else self.attention[rows, parents],
-        )
+
+        def chosen(tensor: Tensor) -> Tensor:
+            # Rows of beams by one index: several times faster than tensor[rows, parents].
+            flat = (rows * tensor.shape[1] + parents).flatten()
+            return tensor.flatten(0, 1).index_select(0, flat).unflatten(0, parents.shape)
+
+        attention = None if self.attention is None else chosen(self.attention)
+        return State(self.image, tuple(map(chosen, self.beam)), attention)
 
 
 class Joint(NamedTuple):

@@ -89,8 +89,8 @@ class PresetConfig:
     preset: Literal[tuple(PRESETS)] = "resnet-transformer"
     """Sets the flags of a model: resnet-transformer (this project's own: ResNet-50, transformer),
     show-and-tell (arXiv 1411.4555: Inception-v3, LSTM), cnn-rnn (as image-captioning courses
-    teach it: frozen ResNet-50, LSTM, on COCO), show-attend-tell (arXiv 1502.03044: ResNet-101, LSTM with
-    attention)."""
+    teach it: frozen ResNet-50, LSTM, on COCO), show-attend-tell (arXiv 1502.03044: ResNet-101,
+    LSTM with attention)."""
 
 
 @dataclass(frozen=True)
