@@ -104,7 +104,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the next layer's word (B, K, D), and keys and values (B, K, H, t+1, E)."""
         batch, beams, width = x.shape
-        qkv = self.qkv(self.norm_self(x)).view(batch, beams, 3, self.heads, 1, -1)
+        qkv = self.qkv(self.norm_self(x)).view(batch, beams, 3, self.heads, 1, width // self.heads)
         query, key, value = qkv.unbind(2)  # (B, K, H, 1, E)
         key, value = torch.cat([past[0], key], -2), torch.cat([past[1], value], -2)
         # Beams are rows here: torch's fused attention, the fastest for one word, takes four axes.
@@ -112,7 +112,7 @@ class Block(nn.Module):
         heard = F.scaled_dot_product_attention(*parts)
         x = x + self.self_out(heard.view(x.shape))
 
-        query = self.query(self.norm_cross(x)).view(batch, beams, self.heads, -1)
+        query = self.query(self.norm_cross(x)).view(batch, beams, self.heads, width // self.heads)
         seen = F.scaled_dot_product_attention(query.transpose(1, 2), *image)  # (B, H, K, E)
         x = x + self.cross_out(seen.transpose(1, 2).reshape(batch, beams, width))
         return x + self.mlp(self.norm_mlp(x)), (key, value)

@@ -154,6 +154,8 @@ class Encoder(nn.Module):
     def __init__(self, name: str, trained: str = "none", grid: int | None = None):
         """`grid`: positions a side that the map is averaged to (none: the CNN's own)."""
         super().__init__()
+        if trained not in ("none", "last", "all"):
+            raise ValueError(f"trained {trained!r} is not known; choose from none, last, all")
         self.name, self.trained, self.grid = name, trained, grid
         self.channels = backbone(name).channels
         self.cnn = build_trunk(name)
@@ -177,6 +179,12 @@ class Encoder(nn.Module):
         """Return features (B, S, C) of `images` (B, 3, H, W), positions row by row."""
         maps = self.cnn(images.contiguous(memory_format=torch.channels_last))
         if self.grid:
+            if self.grid > min(maps.shape[2:]):
+                height, width = maps.shape[2:]
+                raise ValueError(
+                    f"--grid {self.grid} is finer than the {height} x {width} positions that "
+                    f"{self.name} makes of images of that size"
+                )
             maps = nn.functional.adaptive_avg_pool2d(maps, self.grid)
         return maps.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, S, C)
 
@@ -316,7 +324,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Tell whether the device multiplies bfloat16 matrices faster than float32."""
     if device.type == "cpu":  # elsewhere it works too, many times slower
         return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return device.type == "cuda"
+    # Older GPUs only imitate it.
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Resize:
@@ -337,6 +346,7 @@ class Resize:
 
     def resize(self, image: Any) -> Any:
         """Return the PIL image, or a random part of it, at the size wanted."""
+        image = image if image.mode == "RGB" else image.convert("RGB")
         size = (self.size, self.size)
         if not self.crop:
             return image.resize(size, Resampling.BILINEAR)

@@ -57,7 +57,7 @@ def split_features(
             for part in _parts(records, batch_size)
         )
     for part, views in zip(_parts(records, batch_size), batches, strict=True):
-        unread = views[0][1]
+        unread = list(dict.fromkeys(name for _, names in views for name in names))
         lost += unread
         kept = [row for row, record in enumerate(part) if record.image_id not in unread]
         if kept:
@@ -182,6 +182,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        if self.captions and self.ensemble:
+            raise ValueError("--captions scores a file and uses no model; leave out --ensemble")
 
 
 def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:

@@ -5,7 +5,6 @@ B images · S image positions · T words · n captions an image
 
 import functools
 import math
-import os
 import sys
 import zlib
 from collections import deque
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 import files
@@ -284,7 +284,8 @@ class Config:
     checkpoint: Path | None = None
     """A model file, or the folder of a run (default: the shipped model)."""
     ensemble: tuple[Path, ...] = ()
-    """Several checkpoints, decoded together: the mean of their probabilities decides."""
+    """Several checkpoints, decoded together: the mean of their probabilities decides. Pictures are
+    named before it."""
     n: int = 1
     """How many captions a picture."""
     annotate: Path | None = None
@@ -314,7 +315,10 @@ def main(argv: list[str] | None = None) -> None:
         for each in captions:
             print(f"{photo}\t{each.text}" if many else each.text, flush=True)
         if config.annotate:
-            write_annotated(pictures[photo], photo, captions[0].text)
+            try:
+                write_annotated(pictures[photo], photo, captions[0].text)
+            except (ValueError, OSError) as error:
+                errors.append(ValueError(f"{pictures[photo]} can't be written ({error})"))
         rows.append({"image": str(photo), "captions": [each._asdict() for each in captions]})
     if config.json and rows:
         files.write_json(config.json, rows)
@@ -364,8 +368,9 @@ def find_photos(places: Sequence[Path], made: Path | None = None) -> list[Path]:
     found: list[Path] = []
     for place in places:
         inside = list_images(place) if place.is_dir() else [place]
-        if made and made.resolve() != place.resolve():  # captioned by an earlier call
-            inside = [photo for photo in inside if made not in photo.parents]
+        if made and place.is_dir() and place.resolve() in made.resolve().parents:
+            below = place / made.resolve().relative_to(place.resolve())
+            inside = [photo for photo in inside if below not in photo.parents]  # made earlier
         if not inside:
             raise ValueError(f"no pictures in the folder {place}")
         found += inside
@@ -375,18 +380,19 @@ def find_photos(places: Sequence[Path], made: Path | None = None) -> list[Path]:
 # --- captioned pictures
 
 WRITABLE = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
+DESCRIPTION, SOFTWARE = 0x010E, 0x0131  # EXIF tags
+MADE_HERE = "image-captioning --annotate"
 
 
 def annotated_places(folder: Path, places: Sequence[Path], photos: Sequence[Path]) -> dict:
     """Return the file in `folder` for each picture: its path below the place named, or its name.
 
     A number is added where that is taken, .png where Pillow can't write the picture's own format.
-    Raises ValueError where a picture itself would be overwritten.
+    Raises ValueError where a file would be overwritten that was not made so before.
     """
-    own = {os.path.realpath(photo) for photo in photos}
     targets: dict[Path, Path] = {}
     taken: set[Path] = set()
-    for photo in photos:
+    for photo in dict.fromkeys(photos):
         base = next((place for place in places if place in photo.parents), photo.parent)
         name = photo.relative_to(base)
         if name.suffix.lower() not in WRITABLE:
@@ -394,21 +400,34 @@ def annotated_places(folder: Path, places: Sequence[Path], photos: Sequence[Path
         target, number = folder / name, 2
         while target in taken:
             target, number = folder / name.with_stem(f"{name.stem}-{number}"), number + 1
-        if os.path.realpath(target) in own:
+        if target.exists() and not made_here(target):
             raise ValueError(
-                f"--annotate {folder} would overwrite the picture {target}; name another folder"
+                f"--annotate {folder} would overwrite {target}, a file of your own; name another "
+                "folder"
             )
         targets[photo] = target
         taken.add(target)
-    files.check_writable(next(iter(taken)))
+    files.check_writable(*taken)
     return targets
 
 
+def made_here(path: Path) -> bool:
+    """Tell whether a picture was written by `write_annotated`."""
+    try:
+        with Image.open(path) as picture:
+            return picture.getexif().get(SOFTWARE) == MADE_HERE
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
 def write_annotated(target: Path, photo: Path, text: str) -> None:
-    """Write the picture with its caption under it."""
+    """Write the picture with its caption under it, and in its EXIF description."""
     picture = plots.annotate(read_image(photo), text)
+    about = Image.Exif()
+    about[DESCRIPTION] = text.encode()  # bytes: Pillow would make ? of all but ASCII
+    about[SOFTWARE] = MADE_HERE
     with files.replacing(target) as temporary:
-        picture.save(temporary, format=WRITABLE[target.suffix.lower()], quality=92)
+        picture.save(temporary, format=WRITABLE[target.suffix.lower()], quality=92, exif=about)
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        dropped = max(1, round(self.p * 256))
+        dropped = min(255, max(1, round(self.p * 256)))
         random = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         keep = random.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
         return x * keep.to(x.dtype).mul_(256 / (256 - dropped))

@@ -232,6 +232,8 @@ def read_csv(root: Path, split: str, split_seed: int = 0) -> list[Record]:
         )
     if blank:
         drawn = split_by_image(captions, split_seed)
+        if not drawn["train"]:
+            raise ValueError(f"{path} has {len(captions)} images: too few to split, give 3 or more")
         splits = {image: part for part, images in drawn.items() for image in images}
     names = [image for image in captions if splits[image] == split]
     if not names:
@@ -266,7 +268,7 @@ def find_table(root: Path) -> Path:
     if root.is_file():
         return root
     here = sorted(root.glob("*")) if root.is_dir() else []
-    tables = [path for path in here if path.suffix.lower() in TABLES]
+    tables = [path for path in here if path.suffix.lower() in TABLES and path.name[0] != "."]
     tables = [path for path in tables if path.stem == "captions"] or tables
     if not tables:
         raise FileNotFoundError(

@@ -18,7 +18,7 @@ from decoder import DecoderConfig, Taught, build_decoder
 from decoding import Ensemble
 from encoder import TRANSFORM, Encoder, backbone, fingerprint
 
-FORMAT = "image-captioning 1"
+FORMAT = "image-captioning 2"
 
 
 class CaptionModel(nn.Module):
@@ -98,7 +98,7 @@ class CaptionModel(nn.Module):
         try:
             with torch.device("meta"):  # nothing is drawn that the file's weights replace
                 model = cls._described(about)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(
                 f"{path} does not describe a model that this version can build ({error}); use the "
                 "version of the project that wrote it"
@@ -169,6 +169,8 @@ def load_models(
 
     Raises ValueError naming two checkpoints whose vocabularies differ.
     """
+    if not paths:
+        raise ValueError("no checkpoint was named; give a model file or the folder of a run")
     models = [CaptionModel.load(path, device) for path in paths]
     for path, model in zip(paths, models, strict=True):
         if model.vocabulary != models[0].vocabulary:
@@ -228,8 +230,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = file.metadata() or {}
             if header.get("format") != json.dumps(FORMAT):  # other programs' needn't be JSON
                 raise ValueError(
-                    f"{path} is not a captioning model: its header has the format "
-                    f"{header.get('format')}, expected {json.dumps(FORMAT)}"
+                    f"{path} is not a captioning model of this version: its header has the format "
+                    f"{header.get('format')}, expected {json.dumps(FORMAT)}; train it anew, or use "
+                    "the version of the project that wrote it"
                 )
             about = {key: json.loads(value) for key, value in header.items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

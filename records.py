@@ -169,6 +169,7 @@ def image_files(folders: Sequence[Path], names: Iterable[str]) -> dict[str, Path
     found = []
     for folder in folders:
         below = {name for name in nested if (folder / name).is_file()}
+        nested = [name for name in nested if name not in below]  # looked for until found
         found.append((folder, wanted.intersection(os.listdir(folder)) | below))
     places: dict[str, Path] = {}
     for folder, held in sorted(found, key=lambda pair: -len(pair[1])):

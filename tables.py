@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 COLUMNS = ("image", "caption")
-DELIMITERS = {".tsv": "\t", ".tab": "\t"}
+DELIMITERS = {".tsv": "\t"}
 
 
 def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
@@ -19,7 +19,7 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     rows = _json_rows(path) if path.suffix.lower() == ".jsonl" else _csv_rows(path)
     for number, row in rows:
         for column in COLUMNS:
-            if not isinstance(row.get(column), str):
+            if not isinstance(row.get(column), str) or (column == "image" and not row[column]):
                 raise ValueError(f"{path} line {number} has no {column}: {str(row)[:60]}")
         yield number, row
 
@@ -31,12 +31,14 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         first = next(table, [])
         header = [cell.strip().lower() for cell in first]
-        if not set(COLUMNS) <= set(header) or len(set(header)) < len(header):
+        if any(header.count(column) != 1 for column in COLUMNS) or header.count("split") > 1:
             raise ValueError(
                 f"{path} is not a table of captions: its first line must name the columns "
                 f"image{delimiter}caption, each once, not {delimiter.join(first)[:60]!r}"
             )
-        for row in filter(None, table):
+        for row in table:
+            if not any(map(str.strip, row)):  # as spreadsheets leave them at the end
+                continue
             if len(row) != len(header):
                 raise csv.Error(f"it has {len(row)} columns")
             yield table.line_num, dict(zip(header, map(str.strip, row), strict=True))
@@ -50,11 +52,11 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise ValueError(f'{path} line {number} is not {{"image": "…", "caption": "…"}}')
-        yield number, {key: _stripped(value) for key, value in row.items()}
+        yield number, {key.strip().lower(): _stripped(value) for key, value in row.items()}
 
 
 def _stripped(value: object) -> object:

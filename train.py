@@ -77,8 +77,9 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # What makes a model another one: --resume refuses to change it.
 IDENTITY = (
-    "dataset", "min_count", "split_seed", "train_fraction", "limit", "cnn_backbone", "img_size",
-    "grid",     "finetune_cnn", "decoder", "d_model", "n_decode", "n_head", "fc_dim", "seq_len",
+    "preset", "dataset", "min_count", "split_seed", "train_fraction", "limit", "cnn_backbone",
+    "img_size", "grid", "finetune_cnn", "decoder", "d_model", "n_decode", "n_head", "fc_dim",
+    "seq_len",
 )  # fmt: skip
 
 
@@ -156,7 +157,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     """Return the flags of the run in `folder`; raises FileNotFoundError where there is none."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"no run to resume in {folder}: name its folder with --output")
-    return {**files.read_json(folder / "config.json"), "output": str(folder), "resume": True}
+    stored = files.read_json(folder / "config.json")
+    if not isinstance(stored, dict):
+        raise ValueError(f"{folder / 'config.json'} does not hold the flags of a run")
+    return {**stored, "output": str(folder), "resume": True}
 
 
 def run_folder(config: Config) -> Path:
@@ -233,6 +237,8 @@ def build(config: Config) -> tuple[CaptionModel, Data]:
     caches = {}
     for split, records in data.items():
         if encoder.trained == "none":
+            # Scores are of what evaluate.py and inference.py see: features in full precision.
+            amp = config.train.amp and split == "train"
             name = f"{config.data.dataset}-{split}"
             caches[split] = cached_features(
                 records,
@@ -242,7 +248,7 @@ def build(config: Config) -> tuple[CaptionModel, Data]:
                 name,
                 device=device,
                 workers=config.data.workers,
-                amp=config.train.amp,
+                amp=amp,
             )
             data[split] = [record for record in records if record.image_id in caches[split]]
         else:

@@ -187,6 +187,12 @@ class Trainer:
                 f"the CNN's weights are {fingerprint(self.model.encoder)}, but the run began with "
                 f"{state['encoder']}; give the same --cnn-weights"
             )
+        learned = dict(self.model.learned())
+        if different := state["weights"].keys() ^ learned.keys():
+            raise ValueError(
+                f"the run was begun by another version of the project ({min(different)} is only in "
+                "one of them); go on with that version, or start a new run"
+            )
         self.model.load_state_dict(state["weights"], strict=False)
         # The command line may have changed learning rates and decay: they are not taken over.
         groups = [{**group} for group in self.optimizer.param_groups]

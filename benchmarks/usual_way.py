@@ -94,7 +94,7 @@ def padded(tokens: Tensor, length: int) -> Tensor:
 
 def greedy(model: UsualTransformer, features: Tensor, max_words: int) -> Tensor:
     """Return captions (B, T): at each word the whole prefix again, to the longest length."""
-    tokens = torch.full((len(features), 1), START)
+    tokens = torch.full((len(features), 1), START, device=features.device)
     for position in range(max_words + 1):
         logits = model(features, tokens)[:, -1]
         logits[:, list(NEVER)] = -math.inf
@@ -150,7 +150,7 @@ def transformer_beam(model: UsualTransformer, features: Tensor, **search: float)
 
     def following(prefixes: Tensor) -> Tensor:
         repeated = features.expand(len(prefixes), -1, -1)
-        return model(repeated, prefixes)[:, -1].log_softmax(-1)
+        return model(repeated, prefixes.to(features.device))[:, -1].log_softmax(-1).cpu()
 
     return beam(following, **search)
 
@@ -168,13 +168,13 @@ def attention_beam(ours: AttentionLSTM, features: Tensor, **search: float) -> li
         else:
             pairs = zip(*(states[parent] for parent in parents), strict=True)
             before = tuple(torch.stack(parts) for parts in pairs)
-        words = ours.embedding(prefixes[:, -1])
+        words = ours.embedding(prefixes[:, -1].to(features.device))
         after, seen, _ = ours.advance(
             words[:, None], tuple(part[:, None] for part in before), memory, keys
         )
         for row, prefix in enumerate(prefixes.tolist()):
             states[tuple(prefix)] = tuple(part[row, 0] for part in after)
-        return ours.logits(words, after[-2][:, 0], seen[:, 0]).log_softmax(-1)
+        return ours.logits(words, after[-2][:, 0], seen[:, 0]).log_softmax(-1).cpu()
 
     return beam(following, **search)
 

@@ -78,8 +78,53 @@ def test_a_picture_is_never_overwritten(into, photos, annotate, tmp_path):
     before = {path: path.read_bytes() for path in photos.rglob("*.*")}
     code, out, err = annotate(photos, into=tmp_path / into)
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "would overwrite the picture" in err
+    assert "would overwrite" in err and "a file of your own" in err
     assert before == {path: path.read_bytes() for path in photos.rglob("*.*")}
+
+
+def test_a_strangers_file_is_never_overwritten_and_an_earlier_result_is(photos, annotate, tmp_path):
+    out = tmp_path / "out"
+    assert annotate(photos, into=out)[0] == 0
+    assert annotate(photos, into=out)[0] == 0
+    assert len(names(out)) == 5
+    picture(9).save(out / "a.jpg")
+    before = (out / "a.jpg").read_bytes()
+    code, _, err = annotate(photos / "a.jpg", into=out)
+    assert code == 2 and "would overwrite" in err and (out / "a.jpg").read_bytes() == before
+
+
+def test_a_picture_in_the_folder_that_is_written_to_can_be_named(photos, annotate):
+    code, *_ = annotate(photos / "deep", into=photos)
+    assert code == 2  # a.jpg is there already
+    code, *_ = annotate(photos / "deep/b.gif", into=photos)
+    assert code == 0 and (photos / "b.gif.png").exists()
+
+
+def test_the_folder_may_be_spelled_in_another_way(photos, annotate, monkeypatch):
+    monkeypatch.chdir(photos)
+    for into in ("captioned", photos / "captioned", "../photos/captioned"):
+        code, out, _ = annotate(".", into=into)
+        assert code == 0 and len(out.splitlines()) == 5
+
+
+def test_the_caption_is_in_the_pictures_description(photos, annotate, run, tmp_path):
+    annotate(photos, into=tmp_path / "out")
+    for name in ("a.jpg", "c.PNG", "d.webp"):
+        with Image.open(tmp_path / "out" / name) as made:
+            found = made.getexif()[0x010E].encode("latin-1").decode()  # read as Latin-1
+            assert found == caption(photos / name, checkpoint=run)
+
+
+def test_a_picture_that_cannot_be_written_costs_only_itself(photos, run, tmp_path, capsys):
+    picture(3, (20, 16380)).save(photos / "b.png")
+    (photos / "b.png").rename(photos / "b.webp")  # WebP ends at 16,383 pixels
+    code, out, err = run_script(
+        inference, photos, "--checkpoint", run, "--annotate", tmp_path / "out", "--json",
+        tmp_path / "out.json", capsys=capsys,
+    )  # fmt: skip
+    assert code == 2 and len(out.splitlines()) == 6 and (tmp_path / "out.json").exists()
+    assert f"{tmp_path / 'out/b.webp'} can't be written" in err
+    assert len(names(tmp_path / "out")) == 5
 
 
 def test_a_file_in_the_place_of_the_folder_is_named(photos, annotate, tmp_path):

@@ -395,3 +395,22 @@ def test_a_grid_averages_the_map(grid):
 def test_a_grid_of_nothing_is_refused():
     with pytest.raises(ValueError, match="--grid 0 must be at least 1"):
         EncoderConfig(grid=0)
+
+
+def test_a_grid_finer_than_the_map_is_refused():
+    encoder = Encoder("tiny", grid=9).eval()
+    with pytest.raises(ValueError, match="--grid 9 is finer than the 4 x 4 positions that tiny"):
+        encoder(torch.rand(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P"])
+def test_pixels_are_those_of_torchvisions_own_transform(mode):
+    from torchvision.transforms import v2
+
+    noise = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).convert(mode)
+    expected = v2.Compose([
+        v2.Resize((64, 64)), v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN, STD),
+    ])(image.convert("RGB"))  # fmt: skip
+    torch.testing.assert_close(image_transform(64, train=False)(image), expected, atol=1e-5, rtol=0)

@@ -52,7 +52,13 @@ def test_the_first_word_has_the_mean_of_the_members_probabilities(members, pictu
 def test_one_cnn_works_once_for_the_members_that_share_it(members):
     model = load_models(members)
     assert isinstance(model, ModelEnsemble)
-    assert [size for _, size in model.views] == [64, 96] and model.seen_by == [0, 0, 1]
+    assert [size for _, size in model.views] == [64, 96]
+    calls = []
+    for member in model.models:
+        member.encoder.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        memories = model.remember(*(torch.rand(2, 3, size, size) for _, size in model.views))
+    assert len(memories) == 3 and len(calls) == 2
 
 
 def test_one_member_alone_is_the_model(members, pictures):

@@ -423,3 +423,25 @@ def test_progress_shows_images_per_second(records, encoder, tmp_path, monkeypatc
     monkeypatch.setattr(features, "tqdm", shown)
     build(records, encoder, tmp_path)
     assert "11/11" in said.getvalue() and " images/s" in said.getvalue()
+
+
+def test_bfloat16_features_are_nearly_those_of_float32_in_a_cache_of_their_own(
+    records, encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("features.multiplies_bfloat16", lambda device: True)
+    arguments = (records, encoder, 64, tmp_path, "train")
+    plain, quick = (cached_features(*arguments, workers=0, amp=amp) for amp in (False, True))
+    assert plain.path != quick.path
+    assert (plain.description["precision"], quick.description["precision"]) == (
+        "float32", "bfloat16",
+    )  # fmt: skip
+    for record in records:
+        one, two = (cache.get(record.image_id).float() for cache in (plain, quick))
+        assert float(torch.cosine_similarity(one.flatten(), two.flatten(), dim=0)) > 0.999
+        assert not torch.equal(one, two)
+
+
+def test_without_such_a_device_features_are_float32(records, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr("features.multiplies_bfloat16", lambda device: False)
+    cache = cached_features(records, encoder, 64, tmp_path, "train", workers=0, amp=True)
+    assert cache.description["precision"] == "float32"

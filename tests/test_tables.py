@@ -73,6 +73,19 @@ def test_columns_come_in_any_order_and_case_among_others(folder):
     assert contents(folder) == contents(other)
 
 
+def test_a_table_may_be_as_spreadsheets_leave_it(folder):
+    text = "image,caption,split,,\na.jpg,a dog,train,,\n,,,,\n  ,,,,\n"
+    (folder / "my.csv").write_text(text)
+    (folder / "._my.csv").write_bytes(b"\0\1")  # a Mac's leftover
+    (record,) = load_split("csv", folder, "train")
+    assert record.captions == ("a dog",)
+
+
+def test_keys_of_json_lines_may_be_in_upper_case(folder):
+    (folder / "captions.jsonl").write_text('{"Image": "a.jpg", "CAPTION": "a", "Split": "Train"}\n')
+    assert len(load_split("csv", folder, "train")) == 1
+
+
 def test_a_table_of_any_name_is_found_if_it_is_the_only_one(folder):
     write_csv(folder / "my photos.csv")
     assert len(load_split("csv", folder, "train")) == 1
@@ -136,6 +149,9 @@ def test_captions_in_any_script_train_and_print(tmp_path, capsys):
         ("captions.csv", "image,caption,split\na.jpg,a,train\na.jpg,b,val\n", "another split"),
         ("captions.csv", "image,caption,split\na.jpg,a,train\nb.jpg,b,\n", "split of some images"),
         ("captions.csv", "image,caption,split\na.jpg,a,dog\n", r"line 2: split 'dog' is not known"),
+        ("captions.csv", "image,caption\na.jpg,a\n,b\n", "line 3 has no image"),
+        ("captions.csv", "image,caption\na.jpg,a\nb.jpg,b\n", "2 images: too few to split"),
+        ("captions.jsonl", "[" * 100000 + "\n", "line 1 is not JSON"),
         ("captions.jsonl", '{"image": "a.jpg"}\n', r"line 1 has no caption"),
         ("captions.jsonl", '{"image": "a.jpg", "caption": ["a"]}\n', r"line 1 has no caption"),
         ("captions.jsonl", '\n{"image": 3, "caption": "a"}\n', r"line 2 has no image"),

@@ -366,3 +366,31 @@ def test_every_preset_trains_with_its_own_encoder(preset, drawn, tmp_path):
 
 
 BACKBONE = {"resnet-transformer": ["--cnn-backbone", "resnet50"]}  # shapes has its own default
+
+
+def test_resume_refuses_another_preset(whole):
+    with pytest.raises(ValueError, match="--preset cnn-rnn differs from the run's resnet-transf"):
+        train.main(["--resume", "--output", str(whole), "--preset", "cnn-rnn"])
+
+
+def test_a_state_of_another_version_is_named():
+    trainer = tiny_trainer()
+    state = trainer.state()
+    state["weights"] = {
+        name: tensor for name, tensor in state["weights"].items() if "norm" not in name
+    }
+    with pytest.raises(ValueError, match="begun by another version of the project"):
+        trainer.load(state)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_mixed_precision_learns_the_same_as_full(mixed, monkeypatch):
+    monkeypatch.setattr("trainer.multiplies_bfloat16", lambda device: mixed)
+    trainer = tiny_trainer(ema=0.0, lr=0.01, label_smoothing=0.0)
+    for _ in range(40):
+        trainer.step(*BATCH)
+    first = float(trainer.nll)
+    for _ in range(40):
+        trainer.step(*BATCH)
+    assert float(trainer.nll) - first < 0.7 * first
+    assert all(weights.dtype == torch.float32 for weights in trainer.model.parameters())
