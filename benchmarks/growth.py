@@ -170,28 +170,33 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw time (left axis) and memory (right) against what was varied, on logarithmic axes."""
+    """Draw time (above) and memory (below) against what was varied, on logarithmic axes."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     varied = list(dict.fromkeys(row["varied"] for row in rows))
-    figure = Figure(figsize=(3.6 * len(varied), 3.6), dpi=110, layout="constrained")
     titles = {"images": "images", "length": "words a caption", "beam": "beams",
               "words": "words in the vocabulary"}  # fmt: skip
-    for axes, name in zip(figure.subplots(1, len(varied), squeeze=False)[0], varied, strict=True):
+    figure = Figure(figsize=(3.4 * len(varied), 5.4), dpi=110, layout="constrained")
+    panels = figure.subplots(2, len(varied), sharex="col", sharey="row", squeeze=False)
+    for (times, memory), name in zip(panels.T, varied, strict=True):
         chosen = [row for row in rows if row["varied"] == name]
         values = [row[name] for row in chosen]
-        for key, label, colour in (
-            ("train", "training", "#0072B2"),
-            ("caption", "beam search", "#D55E00"),
-        ):
-            axes.loglog(
-                values, [1000 * row[key] for row in chosen], "o-", color=colour, label=label
-            )
-        axes.set(xlabel=titles[name], ylabel="ms an image")
-        memory = axes.twinx()
-        memory.loglog(values, [row["memory"] for row in chosen], "s--", color="#777777")
-        memory.set_ylabel("peak memory, MB (dashed)", color="#555555")
-        axes.legend(frameon=False, fontsize=8)
+        for key, label, line in (("train", "training", "o-"), ("caption", "beam search", "s-")):
+            colour = {"train": "#0072B2", "caption": "#D55E00"}[key]
+            times.plot(values, [1000 * row[key] for row in chosen], line, color=colour, label=label)
+        memory.plot(values, [row["memory"] for row in chosen], "^-", color="#555555")
+        memory.set(xlabel=titles[name], xticks=values)
+        for axes in (times, memory):
+            axes.set(xscale="log", yscale="log")
+            axes.grid(alpha=0.3)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+                axis.set_minor_formatter(NullFormatter())
+        memory.set_xticks(values, [f"{value:,}" for value in values], fontsize=8)
+    panels[0][0].set(ylabel="ms an image", ylim=(0.5, 300))
+    panels[1][0].set(ylabel="peak memory, MB", ylim=(100, 20_000))
+    panels[0][0].legend(frameon=False)
     with files.replacing(path) as temporary:
         figure.savefig(temporary, format="png")
 
