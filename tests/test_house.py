@@ -16,7 +16,7 @@ TIERS = (
     ("model", "features"),
     ("losses", "inference"),
     ("evaluate",),
-    ("trainer", "train"),
+    ("trainer", "presets", "train"),
 )
 ORDER = [module for tier in TIERS for module in tier]
 SCRIPTS = ("download_data", "train", "evaluate", "inference")
