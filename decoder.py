@@ -174,7 +174,12 @@ class Transformer(Decoder):
     def embed(self, tokens: Tensor, position: Tensor | int) -> Tensor:
         """Return the first layer's words (…, D) of `tokens` (…) at their places in the caption."""
         # Not scaled by the root of D: the tied output would begin by repeating the word read.
-        return self.dropout(self.embedding(tokens) + self.word_position[position])
+        if isinstance(position, int):
+            return self.dropout(self.embedding(tokens) + self.word_position[position])
+        # index_select here and below: the gradient of word_position[position] is added up by the
+        # CPU's threads in an order by chance, so that no run would be like another.
+        place = self.word_position.index_select(0, position)
+        return self.dropout(self.embedding(tokens) + place)
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, D) -> (…, V)"""
@@ -253,7 +258,7 @@ class LSTM(Decoder):
         if not len(tokens):
             return Taught(memory.new_zeros(*real.shape, len(self.bias)))
         _, state = self.lstm(memory)
-        state = tuple(part[:, owner].contiguous() for part in state)
+        state = tuple(part.index_select(1, owner) for part in state)
         words = pack_padded_sequence(
             self.read(tokens[:, :-1]),
             real.sum(1).cpu(),
@@ -351,8 +356,10 @@ class AttentionLSTM(Decoder):
         lengths, order = real.sum(1).sort(descending=True, stable=True)
         growing = (lengths[:, None] > torch.arange(real.shape[1], device=lengths.device)).sum(0)
         words = self.dropout(self.embedding(tokens[order, :-1]))
-        keys, owner = self.key(memory)[owner[order]], owner[order]
-        image, state = memory[owner], tuple(part[owner][:, None] for part in self.begin(memory))
+        owner = owner[order]
+        keys = self.key(memory).index_select(0, owner)
+        image = memory.index_select(0, owner)
+        state = tuple(part.index_select(0, owner)[:, None] for part in self.begin(memory))
         hidden, seen, attention = [], [], []
         for position, count in enumerate(growing.tolist()):
             if not count:

@@ -41,7 +41,7 @@ class Layout:
     @staticmethod
     def pack(spread: Tensor, grid: tuple[tuple[int, int], Tensor]) -> Tensor:
         """Return the words (N, D) of a grid (rows, columns, D)."""
-        return spread.flatten(0, 1)[grid[1]]
+        return spread.flatten(0, 1).index_select(0, grid[1])
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -358,3 +358,23 @@ def test_a_caption_may_be_as_long_as_the_decoder_allows_and_no_longer(decoder):
     assert decoder(memory, captions((LONGEST,)), owner).logits.isfinite().all()
     with pytest.raises(ValueError, match=f"longer than the decoder's {LONGEST} words"):
         decoder(memory, captions((LONGEST + 1,)), owner)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "lstm", "attention-lstm"])
+def test_gradients_are_the_same_each_time_on_several_threads(kind):
+    """Where threads add up one gradient in an order by chance, no run is like another."""
+    torch.manual_seed(0)
+    config = DecoderConfig(decoder=kind, d_model=64, n_head=2, n_decode=1, fc_dim=64, dropout=0.0)
+    decoder = build_decoder(config, vocabulary=50, channels=32, positions=9)
+    tokens, owner = torch.randint(4, 50, (160, 20)), torch.arange(32).repeat_interleave(5)
+    features, found, threads = torch.randn(32, 9, 32), [], torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(4):
+            decoder.zero_grad()
+            decoder(decoder.remember(features), tokens, owner).logits.square().mean().backward()
+            found.append([weights.grad.clone() for weights in decoder.parameters()])
+    finally:
+        torch.set_num_threads(threads)
+    for again in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], again, strict=True))
