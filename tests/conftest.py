@@ -26,3 +26,13 @@ def shapes_run(tmp_path_factory) -> SimpleNamespace:
     with contextlib.redirect_stdout(said):
         train.main(["--dataset", "shapes", "--data-dir", str(data), "--output", str(folder)])
     return SimpleNamespace(folder=Path(folder), data=Path(data), said=said.getvalue())
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """Return a run's folder with a tiny untrained model."""
+    from tiny import tiny_model  # imports torch, which must see the threads set above
+
+    folder = tmp_path_factory.mktemp("run")
+    tiny_model().save(folder / "best.safetensors")
+    return folder

@@ -2,18 +2,11 @@
 
 import pytest
 from PIL import Image
-from tiny import picture, run_script, tiny_model
+from tiny import picture, run_script
 
 import inference
 import plots
 from inference import caption
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    tiny_model().save(folder / "best.safetensors")
-    return folder
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny import METHODS, run_script, tiny_model
+from tiny import METHODS, run_script
 
 import evaluate
 import metrics
@@ -22,14 +22,6 @@ from records import Record
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run's folder."""
-    folder = tmp_path_factory.mktemp("run")
-    tiny_model().save(folder / "best.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -21,14 +21,6 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run's folder."""
-    folder = tmp_path_factory.mktemp("run")
-    tiny_model().save(folder / "best.safetensors")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def captioner(run):
     return Captioner.load(run, "cpu")
 
