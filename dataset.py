@@ -6,11 +6,12 @@ B images · M captions in a batch · T words · S image positions · C backbone 
 batch of that image, so the CNN runs once per image.
 """
 
+import contextlib
 import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -60,11 +61,14 @@ class DataConfig:
     """Where the CNN is trained: random crops, and mirroring of what has no left or right."""
     cache_dir: Path = Path("data/cache")
     """Where the features of a frozen CNN are kept."""
+    views: int = 1
+    """Views of each training image that the cache keeps: 1 the image alone, 2 mirrored too, more:
+    random parts, every other one mirrored. Training sees one of them by chance each epoch."""
     workers: int = 2
     """Processes that read images."""
 
     def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("min_count", 1), ("workers", 0)):
+        for name, least in (("limit", 1), ("min_count", 1), ("views", 1), ("workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
@@ -195,10 +199,10 @@ class Batch(NamedTuple):
 class CaptionDataset(Dataset):
     """Records as (image id, input, token lists, captions).
 
-    The input comes from `features` (anything with `get(image_id)`) where given, else from the
-    image file through `transform`. With `flip`, half of the images, drawn anew each epoch, are
-    mirrored, but none whose captions speak of left or right. Without `vocabulary` there are no
-    tokens.
+    The input comes from `features` (anything with `get(image_id, view)`) where given, one of its
+    `views` drawn anew each epoch, else from the image file through `transform`. With `flip`, half
+    of the images, drawn anew each epoch, are mirrored. None is whose captions speak of left or
+    right (views of odd number are mirrored ones). Without `vocabulary` there are no tokens.
     """
 
     records: Sequence[Record]
@@ -206,6 +210,7 @@ class CaptionDataset(Dataset):
     seq_len: int = 30
     transform: Callable[[Any], Tensor] | None = None
     features: Any = None
+    views: int = 1
     flip: bool = False
     seed: int = 0
     epoch: int = 0
@@ -221,23 +226,31 @@ class CaptionDataset(Dataset):
         return record.image_id, self._input(record), tokens, list(record.captions)
 
     def _input(self, record: Record) -> Tensor:
-        if self.features is not None:
-            return self.features.get(record.image_id)
+        sided = any(SIDES.search(line) for line in record.captions)
         # Augmentation depends on nothing but (seed, epoch, image): not on workers, not on resume.
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed: it would seed the GPU too, which fork_rng leaves alone here.
-            torch.default_generator.manual_seed(mix(self.seed, self.epoch, record.image_id))
+        chance = (self.seed, self.epoch, record.image_id)
+        if self.features is not None:
+            allowed = range(0, self.views, 2 if sided else 1)
+            return self.features.get(record.image_id, allowed[mix(*chance) % len(allowed)])
+        with seeded(*chance):
             pixels = self.transform(read_image(record.path))
             mirrored = self.flip and torch.rand(()) < 0.5
-        if mirrored and not any(SIDES.search(line) for line in record.captions):
-            pixels = pixels.flip(-1)
-        return pixels
+        return pixels.flip(-1) if mirrored and not sided else pixels
 
 
 def mix(*parts: int | str) -> int:
     """Return a seed that depends on all of `parts` and looks like no other."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")
+
+
+@contextlib.contextmanager
+def seeded(*parts: int | str) -> Iterator[None]:
+    """Lend torch's own chance on the CPU, seeded with `mix(*parts)`, and give it back as it was."""
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: it would seed the GPU too, which fork_rng leaves alone here.
+        torch.default_generator.manual_seed(mix(*parts))
+        yield
 
 
 def collate_fn(items: Sequence[tuple]) -> Batch:

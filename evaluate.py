@@ -53,7 +53,7 @@ def split_features(
         )
     else:
         batches = (
-            [(torch.stack([cache.get(record.image_id) for record in part]), [])]
+            [(torch.stack([cache.get(record.image_id) for record in part])[:, None], [])]
             for part in _parts(records, batch_size)
         )
     for part, views in zip(_parts(records, batch_size), batches, strict=True):
@@ -61,7 +61,7 @@ def split_features(
         lost += unread
         kept = [row for row, record in enumerate(part) if record.image_id not in unread]
         if kept:
-            yield [part[row].image_id for row in kept], [features[kept] for features, _ in views]
+            yield [part[row].image_id for row in kept], [features[kept, 0] for features, _ in views]
     leave_out(lost, len(records), "can't be read")
 
 

@@ -3,8 +3,9 @@
 B images · S image positions · C backbone channels
 
 A cache is `NAME.npy`, float16 (images, views, S, C), memory-mapped, with `NAME.json` saying what
-made it. A killed extraction goes on where it stopped; two processes that want the same cache
-build it once.
+made it. View 0 is the image itself, 1 its mirror image, the others are random parts of it, those
+of odd number mirrored. A killed extraction goes on where it stopped; two processes that want the
+same cache build it once.
 """
 
 import errno
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import files
+from dataset import seeded
 from encoder import (
     TRANSFORM,
     Encoder,
@@ -102,18 +104,19 @@ def cached_features(
     batch_size: int = 32,
     workers: int = 2,
     amp: bool = False,
+    views: int = 1,
 ) -> FeatureCache:
     """Return the cache of `records` in `folder`, extracting what is not there yet.
 
-    With `amp` the CNN works in bfloat16 where the device is made for it: about twice as fast, and
-    the features differ in the third digit.
+    `views` of each image are kept. With `amp` the CNN works in bfloat16 where the device is made
+    for it: about twice as fast, and the features differ in the third digit.
     The file is called `name` and a digest of what makes it, so a cache of other weights, sizes or
     images can lie beside it. Raises ValueError when over 1 % of the images cannot be read.
     """
     if not records:
         raise ValueError(f"there are no images to encode for {name}")
     amp = amp and multiplies_bfloat16(torch.device(device))
-    description = describe(records, encoder, img_size, amp)
+    description = describe(records, encoder, img_size, amp, views)
     key = _digest(repr(sorted(description.items())))[:10]
     path = folder / f"{name}-{encoder.name}-{img_size}-{key}.npy"
     with files.lock(path.with_suffix(".lock")):
@@ -125,7 +128,11 @@ def cached_features(
 
 
 def describe(
-    records: Sequence[Record], encoder: Encoder, img_size: int, amp: bool = False
+    records: Sequence[Record],
+    encoder: Encoder,
+    img_size: int,
+    amp: bool = False,
+    views: int = 1,
 ) -> dict[str, Any]:
     """Return what a cache of these images by this encoder must say of itself."""
     files_seen = [f"{record.image_id} {_size(record.path)}" for record in records]
@@ -136,7 +143,7 @@ def describe(
         "grid": encoder.grid,
         "precision": "bfloat16" if amp else "float32",
         "transform": TRANSFORM,
-        "views": 1,
+        "views": views,
         "image_ids": [record.image_id for record in records],
         "image_files": _digest("\n".join(files_seen)),
     }
@@ -169,14 +176,22 @@ def _extract(
         path.replace(part)
     array, done, lost = _resumed(part, progress)
     bar = tqdm(total=len(records), initial=done, desc=path.stem, unit=" images", disable=None)
+    views = description["views"]
     batches = encode_images(
-        records[done:], encoder, description["img_size"], device, batch_size, workers, amp
+        records[done:],
+        encoder,
+        description["img_size"],
+        device,
+        max(1, batch_size // views),
+        workers,
+        amp,
+        views,
     )
     with bar:
         for number, (features, unread) in enumerate(batches, 1):
             if array is None:
-                array = _new_array(part, (len(records), 1, *features.shape[1:]))
-            array[done : done + len(features), 0] = features.cpu().numpy()
+                array = _new_array(part, (len(records), *features.shape[1:]))
+            array[done : done + len(features)] = features.cpu().numpy()
             lost += unread
             done += len(features)
             bar.update(len(features))
@@ -238,14 +253,15 @@ def encode_images(
     batch_size: int = 32,
     workers: int = 2,
     amp: bool = False,
+    views: int = 1,
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yield features (B, S, C) in float16, batch by batch, and which ids could not be read.
+    """Yield features (B, views, S, C) in float16, batch by batch, and which ids can't be read.
 
     An image that can't be read has a row of zeros, so rows stay with their records. With `amp`
     the CNN works in bfloat16.
     """
     loader = DataLoader(
-        _Pixels(records, img_size),
+        _Pixels(records, img_size, views),
         batch_size,
         num_workers=min(workers, len(records)),
         collate_fn=_stack,
@@ -254,7 +270,8 @@ def encode_images(
     encoder = folded(encoder).to(device, dtype)
     for images, unread in loader:
         with torch.no_grad():  # not around the yield: it would reach into the caller
-            features = encoder(images.to(device, dtype, non_blocking=True)).float()
+            images = images.to(device, dtype, non_blocking=True)
+            features = encoder(images.flatten(0, 1)).float().unflatten(0, images.shape[:2])
         lost = [row for row, image_id in enumerate(unread) if image_id is not None]
         features[lost] = 0
         # float16 ends at 65,504; beyond it lies infinity.
@@ -262,11 +279,11 @@ def encode_images(
 
 
 class _Pixels(Dataset):
-    """Records as pixels (3, H, W) and None; where one can't be read, grey pixels and its id."""
+    """Records as views (views, 3, H, W) and None; if unreadable, grey pixels and the image's id."""
 
-    def __init__(self, records: Sequence[Record], img_size: int):
-        self.records, self.img_size = records, img_size
-        self.transform = image_transform(img_size, train=False)
+    def __init__(self, records: Sequence[Record], img_size: int, views: int):
+        self.records, self.img_size, self.views = records, img_size, views
+        self.whole, self.part = (image_transform(img_size, train=crop) for crop in (False, True))
 
     def __len__(self) -> int:
         return len(self.records)
@@ -274,9 +291,19 @@ class _Pixels(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, str | None]:
         record = self.records[index]
         try:
-            return self.transform(read_image(record.path)), None
+            image = read_image(record.path)
         except UNREADABLE:
-            return torch.zeros(3, self.img_size, self.img_size), record.image_id
+            return torch.zeros(self.views, 3, self.img_size, self.img_size), record.image_id
+        return torch.stack([self.see(image, record.image_id, v) for v in range(self.views)]), None
+
+    def see(self, image: Any, image_id: str, view: int) -> Tensor:
+        """Return a view (3, H, W) of the image, the same each time."""
+        if view < 2:
+            pixels = self.whole(image)
+        else:
+            with seeded("view", view, image_id):
+                pixels = self.part(image)
+        return pixels.flip(-1) if view % 2 else pixels
 
 
 def _stack(items: Sequence[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str | None]]:

@@ -27,16 +27,33 @@ def cross_entropy(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) 
 
     Smoothing mixes the target with the uniform distribution over the V words (arXiv 1512.00567).
     """
-    targets = tokens[:, 1:]
-    # The one place that waits for the GPU: how many real words there are.
-    caption, position = (targets != PAD).nonzero(as_tuple=True)
-    log_probs = logits[caption, position].float().log_softmax(-1)  # (M, T-1, V) -> (N, V)
-    nll = -log_probs.gather(-1, targets[caption, position][:, None]).sum()
+    log_probs, said, _ = _real_words(logits, tokens)
+    nll = -said.sum()
     objective = nll
     if label_smoothing:
         uniform = -log_probs.mean(-1).sum()
         objective = (1 - label_smoothing) * nll + label_smoothing * uniform
-    return Loss(objective, nll.detach(), len(caption))
+    return Loss(objective, nll.detach(), len(said))
+
+
+def self_critical(logits: Tensor, tokens: Tensor, advantage: Tensor) -> Loss:
+    """Return the loss of `logits` (M, T-1, V) for sampled `tokens` (M, T); padding never counts.
+
+    `advantage` (M,) says how much better a sample is than its baseline: its words become likelier
+    where it is above 0, unlikelier below (REINFORCE, arXiv 1612.00563).
+    """
+    _, said, caption = _real_words(logits, tokens)
+    return Loss(-(advantage[caption] * said).sum(), -said.detach().sum(), len(said))
+
+
+def _real_words(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities (N, V) where a word is to come, the word's own, and its caption."""
+    targets = tokens[:, 1:]
+    # The one place that waits for the GPU: how many real words there are.
+    caption, position = (targets != PAD).nonzero(as_tuple=True)
+    log_probs = logits[caption, position].float().log_softmax(-1)  # (M, T-1, V) -> (N, V)
+    said = log_probs.gather(-1, targets[caption, position][:, None])[:, 0]
+    return log_probs, said, caption
 
 
 def unlooked(attention: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import threading
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -271,6 +271,34 @@ def score(
     given = [tokenize(candidates[key]) for key in image_ids]
     scores = {f"BLEU-{n}": value for n, value in zip(ORDERS, bleu(wanted, given), strict=True)}
     return {**scores, "ROUGE-L": rouge_l(wanted, given), "CIDEr": cider_d(wanted, given)}
+
+
+# Words that no finished caption ends with: "a man with a", "a dog in the".
+DANGLING = frozenset("""
+    a an the his her their its my your our this these some another and or but nor as of in on at to
+    for from by with into onto near through over under behind between against toward towards during
+    beside while that which who whose is are was were be has have very
+""".split())  # fmt: skip  # noqa: SIM905
+
+
+def faults(captions: Iterable[str]) -> dict[str, float]:
+    """Return the share of plain captions with a fault that n-gram scores hardly see.
+
+    "bad_endings": the last word wants another after it ("a man with a"); "repeats": one to four
+    words come twice in a row ("a dog and and", "in a field in a field").
+    """
+    spoken = [tokenize(caption) for caption in captions]
+    bad = sum(bool(words) and words[-1] in DANGLING for words in spoken)
+    count = max(1, len(spoken))
+    return {"bad_endings": bad / count, "repeats": sum(map(_repeats, spoken)) / count}
+
+
+def _repeats(words: Sequence[str]) -> bool:
+    return any(
+        words[at : at + n] == words[at + n : at + 2 * n]
+        for n in ORDERS
+        for at in range(len(words) - 2 * n + 1)
+    )
 
 
 def _check_ids(

@@ -62,11 +62,12 @@ class CaptionModel(nn.Module):
             if part == name or self.encoder.trains(part):
                 yield name, tensor
 
-    def save(self, path: str | Path, **about: Any) -> None:
+    def save(self, path: str | Path, *, half: bool = False, **about: Any) -> None:
         """Write weights, vocabulary and configuration to `path`, one safetensors file.
 
-        `about` (scores, how it was trained: JSON values) goes into the header as well. The file
-        holds nothing of the machine, and loads on any device.
+        With `half`, matrices are in float16 where its range (to 65,504) allows it; vectors, and so
+        all of BatchNorm, stay in float32. `about` (scores, how it was trained: JSON values) goes
+        into the header as well. The file holds nothing of the machine, and loads on any device.
         """
         from safetensors.torch import save
 
@@ -83,7 +84,10 @@ class CaptionModel(nn.Module):
             },
             "vocabulary": self.vocabulary.words[len(Vocabulary.SPECIALS) :],
         }
-        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        tensors = {
+            name: (_halved(tensor) if half else tensor).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
         metadata = {key: json.dumps(value, ensure_ascii=False) for key, value in header.items()}
         files.write_bytes(path, save(tensors, metadata))
 
@@ -128,6 +132,11 @@ class CaptionModel(nn.Module):
         encoder = Encoder(name, trained, stored.pop("grid", None))
         img_size = stored.pop("img_size")
         return cls(encoder, DecoderConfig(**stored), Vocabulary(about["vocabulary"]), img_size)
+
+
+def _halved(tensor: Tensor) -> Tensor:
+    small = tensor.half()
+    return small if tensor.dim() > 1 and small.isfinite().all() else tensor
 
 
 class ModelEnsemble(nn.Module):

@@ -10,9 +10,9 @@ import math
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,128 +20,22 @@ from tqdm import tqdm
 
 import files
 import plots
-from dataset import (
-    CaptionDataset,
-    DataConfig,
-    Vocabulary,
-    get_loader,
-)
-from decoder import DecoderConfig
-from encoder import EncoderConfig, backbone, build_encoder, image_transform
+from dataset import CaptionDataset, DataConfig, Vocabulary, get_loader
+from encoder import Encoder, backbone, build_encoder, image_transform
 from evaluate import caption_split, print_scores, score_captions, split_features
 from features import FeatureCache, cached_features
 from images import read_image
 from inference import DecodingConfig, pick_device
 from layouts import load_split
 from losses import cross_entropy
-from model import CaptionModel
-from presets import DATASET_DEFAULTS, PRESETS
+from metrics import faults
+from model import CaptionModel, checkpoint_file, read_checkpoint
 from records import Record, SplitMissingError, readable
-from trainer import TrainConfig, Trainer, load_state, save_state
+from rewards import Rewards
+from settings import Config, configure, flat, run_folder
+from trainer import Trainer, load_state, save_state
 
 log = logging.getLogger(__name__)
-
-# What makes a model another one: --resume refuses to change it.
-IDENTITY = (
-    "preset", "dataset", "min_count", "split_seed", "train_fraction", "limit", "cnn_backbone",
-    "img_size", "grid", "finetune_cnn", "decoder", "d_model", "n_decode", "n_head", "fc_dim",
-    "seq_len",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class PresetConfig:
-    """A known model."""
-
-    preset: Literal[tuple(PRESETS)] = "resnet-transformer"
-    """Sets the flags of a model: resnet-transformer (this project's own: ResNet-50, transformer),
-    show-and-tell (arXiv 1411.4555: Inception-v3, LSTM), cnn-rnn (as image-captioning courses
-    teach it: frozen ResNet-50, LSTM, on COCO), show-attend-tell (arXiv 1502.03044: ResNet-101,
-    LSTM with attention)."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """All flags: one field is one flag and one entry of config.json."""
-
-    preset: PresetConfig = field(default_factory=PresetConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """Return the flags by name, paths as text."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for part in asdict(config).values()
-        for name, value in part.items()
-    }
-
-
-def updated(config: Config, changes: dict[str, Any]) -> Config:
-    """Return `config` with the flags in `changes`; unknown names are ignored (older runs)."""
-    parts = {}
-    for part in fields(config):
-        old = getattr(config, part.name)
-        known = {item.name: item.type for item in fields(old)}
-        new = {name: changes[name] for name in known if name in changes}
-        for name, value in new.items():
-            if "Path" in str(known[name]) and value is not None:
-                new[name] = Path(value)
-        parts[part.name] = replace(old, **new)
-    return Config(**parts)
-
-
-def configure(argv: list[str] | None) -> Config:
-    """Return the flags given, over a resumed run's, the preset's, the dataset's and defaults."""
-
-    def read(default: Config) -> Config:
-        described = "Train an image captioner; --dataset shapes needs no download."
-        return files.parse(Config, argv, program="train.py", description=described, default=default)
-
-    preset = PRESETS[read(Config()).preset.preset]
-    given = read(updated(Config(), preset))
-    changes = DATASET_DEFAULTS.get(given.data.dataset, {}) | preset
-    stored: dict[str, Any] = {}
-    if given.train.resume:
-        stored = read_run(given.train.output or Path("runs") / given.data.dataset)
-        changes = stored
-    config = read(updated(Config(), changes))
-    for name in IDENTITY if stored else ():
-        now, then = flat(config)[name], stored.get(name)
-        if now != then:
-            raise ValueError(
-                f"--{name.replace('_', '-')} {now} differs from the run's {then}; a resumed run "
-                "keeps it, start a new one with another --output"
-            )
-    return config
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """Return the flags of the run in `folder`; raises FileNotFoundError where there is none."""
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no run to resume in {folder}: name its folder with --output")
-    stored = files.read_json(folder / "config.json")
-    if not isinstance(stored, dict):
-        raise ValueError(f"{folder / 'config.json'} does not hold the flags of a run")
-    return {**stored, "output": str(folder), "resume": True}
-
-
-def run_folder(config: Config) -> Path:
-    """Return the folder of the run; a new run never takes one that is in use."""
-    folder = config.train.output or Path("runs") / config.data.dataset
-    if config.train.resume:
-        return folder
-    if config.train.output is None:
-        number = 2
-        while (folder / "config.json").exists():
-            folder = Path("runs") / f"{config.data.dataset}-{number}"
-            number += 1
-    elif (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds a run already; add --resume, or name another --output")
-    return folder
 
 
 class Interrupts:
@@ -192,37 +86,67 @@ def load_data(config: DataConfig) -> dict[str, Sequence[Record]]:
 def build(config: Config) -> tuple[CaptionModel, Data]:
     """Return the model to train, on its device, and the data to train it on."""
     data, device = load_data(config.data), pick_device(config.train.device)
+    begun = config.train.init_from and CaptionModel.load(config.train.init_from)
     torch.manual_seed(config.train.seed)
-    weights = config.encoder.cnn_weights
-    finetune = config.encoder.finetune_cnn or None
-    name, grid = config.encoder.cnn_backbone, config.encoder.grid
-    encoder = build_encoder(name, weights, finetune=finetune, grid=grid).to(device)
-    captions = (line for record in data["train"] for line in record.captions)
-    vocabulary = Vocabulary.build(captions, config.data.min_count)
+    encoder = new_encoder(config, begun).to(device)
+    if begun:
+        vocabulary = begun.vocabulary
+    else:
+        captions = (line for record in data["train"] for line in record.captions)
+        vocabulary = Vocabulary.build(captions, config.data.min_count)
     img_size = config.encoder.img_size or backbone(encoder.name).img_size
     caches = {}
     for split, records in data.items():
         if encoder.trained == "none":
-            # Scores are of what evaluate.py and inference.py see: features in full precision.
-            amp = config.train.amp and split == "train"
-            name = f"{config.data.dataset}-{split}"
-            caches[split] = cached_features(
-                records,
-                encoder,
-                img_size,
-                config.data.cache_dir,
-                name,
-                device=device,
-                workers=config.data.workers,
-                amp=amp,
-            )
+            caches[split] = split_cache(split, records, encoder, img_size, config, device)
             data[split] = [record for record in records if record.image_id in caches[split]]
         else:
             data[split] = readable(records)
     # The same start for the decoder, whatever the encoder's construction drew.
     torch.manual_seed(config.train.seed)
     model = CaptionModel(encoder, config.decoder, vocabulary, img_size)
+    if begun:
+        model.load_state_dict(begun.state_dict())
     return model.to(device), Data(data, caches)
+
+
+def new_encoder(config: Config, begun: CaptionModel | None) -> Encoder:
+    """Return the encoder that the flags say, or the one of the model that the run begins with."""
+    flags, finetune = config.encoder, config.encoder.finetune_cnn or None
+    if not begun:
+        return build_encoder(
+            flags.cnn_backbone, flags.cnn_weights, finetune=finetune, grid=flags.grid
+        )
+    trained = "last" if finetune else "all" if flags.cnn_weights == "none" else "none"
+    encoder = Encoder(begun.encoder.name, trained, begun.encoder.grid)
+    encoder.load_state_dict(begun.encoder.state_dict())
+    return encoder.to(memory_format=torch.channels_last)
+
+
+def split_cache(
+    split: str,
+    records: Sequence[Record],
+    encoder: Encoder,
+    img_size: int,
+    config: Config,
+    device: torch.device,
+) -> FeatureCache:
+    """Return the features of a split by a frozen encoder.
+
+    Scores are of what evaluate.py and inference.py see: the image itself, in full precision.
+    """
+    learned_from = split == "train"
+    return cached_features(
+        records,
+        encoder,
+        img_size,
+        config.data.cache_dir,
+        f"{config.data.dataset}-{split}",
+        device=device,
+        workers=config.data.workers,
+        amp=config.train.amp and learned_from,
+        views=config.data.views if learned_from else 1,
+    )
 
 
 def train(config: Config) -> dict[str, Any]:
@@ -230,13 +154,15 @@ def train(config: Config) -> dict[str, Any]:
     folder = run_folder(config)
     model, data = build(config)
     steps = math.ceil(len(data.records["train"]) / config.train.batch_size)
-    trainer = Trainer(model, config.train, steps * config.train.epochs)
+    trainer = Trainer(model, config.train, steps)
+    if config.train.scst_epochs:
+        trainer.rewards = Rewards(data.records["train"], model.vocabulary, config.train.scst_bleu)
     if config.train.resume and (state := load_state(folder)) is not None:
         trainer.load(state)
     files.write_json(folder / "config.json", flat(config))
     print_start(config, model, data, folder)
     with Interrupts() as interrupts:
-        while trainer.epoch < config.train.epochs and not trainer.patience_is_over():
+        while not trainer.stage_is_over() or enter_self_critical(trainer, folder):
             train_epoch(trainer, config, data, interrupts)
             if interrupts.asked:
                 save_state(folder, trainer.state())
@@ -244,6 +170,17 @@ def train(config: Config) -> dict[str, Any]:
                 raise KeyboardInterrupt
             finish_epoch(trainer, config, data, folder)
     return finish(config, data, folder, trainer.rows)
+
+
+def enter_self_critical(trainer: Trainer, folder: Path) -> bool:
+    """Begin the self-critical stage with the best model so far; False where there is none."""
+    if trainer.critical or not trainer.config.scst_epochs:
+        return False
+    if trainer.epoch:
+        best = CaptionModel.load(folder, trainer.device)
+        trainer.model.load_state_dict(best.state_dict())
+    trainer.begin(critical=True)
+    return True
 
 
 def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interrupts) -> None:
@@ -257,6 +194,7 @@ def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interr
         model.config.seq_len,
         image_transform(model.img_size, train=augment),
         cache,
+        views=config.data.views,
         flip=augment,
         seed=config.train.seed,
     )
@@ -270,9 +208,10 @@ def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interr
         workers=0 if cache is not None else config.data.workers,
     )
     began = time.perf_counter()
-    name = f"epoch {trainer.epoch + 1}/{config.train.epochs}"
+    last = trainer.first_epoch + trainer.stage_epochs
+    name = f"{'self-critical ' if trainer.critical else ''}epoch {trainer.epoch + 1}/{last}"
     for batch in tqdm(loader, desc=name, unit=" steps", disable=None, leave=False):
-        trainer.step(batch.inputs, batch.tokens, batch.owner)
+        trainer.step(batch)
         if interrupts.asked:
             break
     trainer.seconds += time.perf_counter() - began
@@ -282,12 +221,16 @@ def finish_epoch(trainer: Trainer, config: Config, data: Data, folder: Path) -> 
     """Validate, write the run's files, and make ready for the next epoch."""
     row: dict[str, Any] = {
         "epoch": trainer.epoch + 1,
-        "train_loss": float(trainer.nll) / trainer.words,
+        "train_loss": None if trainer.critical else float(trainer.nll) / trainer.words,
         "val_loss": None,
         "CIDEr": None,
         "BLEU-4": None,
         "lr": trainer.optimizer.param_groups[-1]["lr"],
         "seconds": round(trainer.seconds, 1),
+        "reward": trainer.rewarded / trainer.samples if trainer.critical else None,
+        "baseline": trainer.baselines / trainer.samples if trainer.critical else None,
+        "bad_endings": None,
+        "repeats": None,
     }
     best = trainer.best()
     with trainer.averaged() as model:
@@ -298,13 +241,13 @@ def finish_epoch(trainer: Trainer, config: Config, data: Data, folder: Path) -> 
             scores = score_captions(records, captions)
             row |= {"val_loss": split_loss(model, records, features)}
             row |= {"CIDEr": scores["CIDEr"], "BLEU-4": scores["BLEU-4"]}
+            row |= faults(captions.values())
             write_samples(folder / "samples" / f"epoch-{row['epoch']:02}.png", records, captions)
         if row["CIDEr"] is None or row["CIDEr"] > best:
             model.save(folder / "best.safetensors", scores=row, training=training_facts(config))
     trainer.rows.append(row)
     trainer.epoch, trainer.batch = trainer.epoch + 1, 0
-    trainer.words, trainer.seconds = 0, 0.0
-    trainer.nll.zero_()
+    trainer.forget_sums()
     write_rows(folder / "metrics.csv", trainer.rows)
     plots.learning_curve(folder / "learning_curve.png", trainer.rows)
     # Last, so that a state on disk never runs ahead of the files it stands for.
@@ -341,6 +284,8 @@ def training_facts(config: Config) -> dict[str, Any]:
     flags = flat(config)
     for name in ("data_dir", "cache_dir", "output", "resume", "device", "workers"):
         del flags[name]
+    if begun := flags["init_from"]:  # its own story in place of its path
+        flags["init_from"] = read_checkpoint(checkpoint_file(begun))[0].get("training")
     return {**flags, "cnn_weights": Path(flags["cnn_weights"]).name}
 
 
@@ -405,10 +350,15 @@ def print_start(config: Config, model: CaptionModel, data: Data, folder: Path) -
 
 def print_row(row: dict[str, Any], device: torch.device) -> None:
     """Print an epoch's line."""
-    parts = [f"epoch {row['epoch']}", f"train loss {row['train_loss']:.3f}"]
+    parts = [f"epoch {row['epoch']}"]
+    if row["reward"] is None:
+        parts.append(f"train loss {row['train_loss']:.3f}")
+    else:
+        parts.append(f"reward {row['reward']:.3f} (baseline {row['baseline']:.3f})")
     if row["val_loss"] is not None:
         parts.append(f"val loss {row['val_loss']:.3f}")
         parts += [f"CIDEr {row['CIDEr']:.3f}", f"BLEU-4 {row['BLEU-4']:.3f}"]
+        parts.append(f"bad endings {row['bad_endings']:.1%}, repeats {row['repeats']:.1%}")
     parts.append(f"{row['seconds']:.0f} s")
     if device.type == "cuda":
         parts.append(f"GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")

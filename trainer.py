@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 import files
-from dataset import mix
+from dataset import Batch, mix
+from decoding import START, sample
 from encoder import fingerprint, multiplies_bfloat16
-from losses import cross_entropy, unlooked
+from layers import Dropout
+from losses import Loss, cross_entropy, self_critical, unlooked
 from model import CaptionModel
+from rewards import Rewards, leave_one_out
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +35,17 @@ class TrainConfig:
     """Passes over the training images."""
     batch_size: int = 32
     """Images a step, each with all its captions."""
+    scst_epochs: int = 0
+    """After these, passes that make sampled captions with a high CIDEr-D likelier (self-critical
+    training), from the best model so far."""
     lr: float = 6e-4
     """Peak learning rate of the decoder."""
+    scst_lr: float = 5e-5
+    """The same in self-critical training (the CNN's is lowered in proportion)."""
+    scst_samples: int = 5
+    """Captions drawn of an image; each is compared with the mean of the others."""
+    scst_bleu: float = 0.0
+    """Weight of BLEU-4 beside CIDEr-D in what they are rewarded for."""
     cnn_lr: float = 1e-5
     """Peak learning rate of the CNN's last stages (--finetune-cnn)."""
     warmup: float = 0.05
@@ -54,6 +66,8 @@ class TrainConfig:
     """Seed of weights, order, dropout and augmentation."""
     output: Path | None = None
     """Folder of the run (default: runs/DATASET, with a number if that is taken)."""
+    init_from: Path | None = None
+    """Begin with the weights, words and sizes of this model: a model file, or a run's folder."""
     resume: bool = False
     """Go on with the run in --output where it stopped, with its flags."""
     device: str = "auto"
@@ -62,18 +76,27 @@ class TrainConfig:
     """Mixed precision (bfloat16) where the device is made for it: GPUs, CPUs with AVX512-BF16."""
 
     def __post_init__(self) -> None:
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError("--epochs and --batch-size must be at least 1")
-        if not (self.lr > 0 and self.cnn_lr > 0):
-            raise ValueError(f"--lr {self.lr} and --cnn-lr {self.cnn_lr} must be above 0")
-        for name in ("warmup", "label_smoothing"):
+        least = {"epochs": 0, "batch_size": 1, "scst_epochs": 0, "scst_samples": 2, "scst_bleu": 0,
+                 "grad_clip": 0, "weight_decay": 0, "patience": 0}  # fmt: skip
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least {low}")
+        for name in ("lr", "cnn_lr", "scst_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be above 0")
+        if not self.epochs and not (self.scst_epochs and (self.init_from or self.resume)):
+            raise ValueError(
+                "--epochs 0 leaves nothing to train; it is for --scst-epochs with --init-from"
+            )
+        for name in ("warmup", "label_smoothing", "ema"):
             if not 0 <= getattr(self, name) < 1:
-                said = f"--{name.replace('_', '-')} {getattr(self, name)}"
-                raise ValueError(f"{said} must be at least 0 and below 1")
-        if self.grad_clip < 0 or self.weight_decay < 0 or self.patience < 0:
-            raise ValueError("--grad-clip, --weight-decay and --patience must not be below 0")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"--ema {self.ema} must be at least 0 and below 1")
+                raise ValueError(
+                    f"{_flag(name)} {getattr(self, name)} must be at least 0 and below 1"
+                )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 class Trainer:
@@ -82,22 +105,50 @@ class Trainer:
     Nothing is random but by (seed, step), so this state and the step are all a resumed run needs.
     """
 
-    COUNTS = ("step_number", "epoch", "batch", "words", "seconds", "rows")
+    COUNTS = (
+        "step_number", "epoch", "batch", "words", "seconds", "rows", "critical", "first_step",
+        "first_epoch", "rewarded", "baselines", "samples",
+    )  # fmt: skip
 
-    def __init__(self, model: CaptionModel, config: TrainConfig, total_steps: int):
-        self.model, self.config, self.total_steps = model, config, total_steps
+    def __init__(self, model: CaptionModel, config: TrainConfig, steps_per_epoch: int):
+        self.model, self.config, self.steps_per_epoch = model, config, steps_per_epoch
         self.device = next(model.parameters()).device
-        self.optimizer = torch.optim.AdamW(self.groups(), betas=(0.9, 0.98), eps=1e-8)
-        self.average = {name: tensor.clone() for name, tensor in model.learned()}
         self.step_number = self.epoch = self.batch = 0
         self.nll = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.words = 0
-        self.seconds = 0.0
+        self.forget_sums()
         self.rows: list[dict[str, Any]] = []
+        self.rewards: Rewards | None = None  # the self-critical stage needs them
+        self.begin(critical=False)
+
+    def begin(self, critical: bool) -> None:
+        """Begin a stage with the weights as they are: optimiser, schedule and average anew."""
+        self.critical = critical
+        self.first_step, self.first_epoch = self.step_number, self.epoch
+        self.optimizer = self.new_optimizer()
+        self.average = {name: tensor.clone() for name, tensor in self.model.learned()}
+
+    def forget_sums(self) -> None:
+        """Begin an epoch's sums anew."""
+        self.nll.zero_()
+        self.words = self.samples = 0
+        self.seconds = self.rewarded = self.baselines = 0.0
+
+    @property
+    def stage_epochs(self) -> int:
+        """Return how many epochs this stage has."""
+        return self.config.scst_epochs if self.critical else self.config.epochs
+
+    def stage_is_over(self) -> bool:
+        """Tell whether the stage has had its epochs, or patience with it has ended."""
+        return self.epoch - self.first_epoch >= self.stage_epochs or self.patience_is_over()
+
+    def new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.groups(), betas=(0.9, 0.98), eps=1e-8)
 
     def groups(self) -> list[dict[str, Any]]:
         """Return AdamW's parameter groups: matrices decay, vectors don't; the CNN has its lr."""
         config, slow = self.config, self.model.encoder.trained == "last"
+        scale = config.scst_lr / config.lr if self.critical else 1.0
         groups = []
         for part, lr in (
             (self.model.encoder, config.cnn_lr if slow else config.lr),
@@ -108,36 +159,29 @@ class Trainer:
                 chosen = [each for each in learning if (each.dim() > 1) == matrices]
                 decay = config.weight_decay if matrices else 0.0
                 if chosen:
-                    groups.append({"params": chosen, "peak": lr, "weight_decay": decay})
+                    groups.append({"params": chosen, "peak": lr * scale, "weight_decay": decay})
         return groups
 
     def rate(self) -> float:
         """Return the share of the peak learning rate at this step: warm-up, then a cosine to 0."""
-        warmup = max(1, round(self.config.warmup * self.total_steps))
-        if self.step_number < warmup:
-            return (self.step_number + 1) / warmup
-        along = (self.step_number - warmup) / max(1, self.total_steps - warmup)
+        total, step = self.steps_per_epoch * self.stage_epochs, self.step_number - self.first_step
+        warmup = max(1, round(self.config.warmup * total))
+        if step < warmup:
+            return (step + 1) / warmup
+        along = (step - warmup) / max(1, total - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, along)))
 
-    def step(self, inputs: Tensor, tokens: Tensor, owner: Tensor) -> None:
+    def step(self, batch: Batch) -> None:
         """Learn from one batch."""
-        config = self.config
-        torch.manual_seed(mix(config.seed, self.step_number))
-        self.model.train()
+        torch.manual_seed(mix(self.config.seed, self.step_number))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self.rate()
-        mixed = config.amp and multiplies_bfloat16(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=mixed):
-            taught = self.model(*(each.to(self.device) for each in (inputs, tokens, owner)))
-        loss = cross_entropy(taught.logits, tokens.to(self.device), config.label_smoothing)
-        objective = loss.objective / loss.words
-        if taught.attention is not None:
-            objective = objective + config.attention_penalty * unlooked(taught.attention)
+        objective, loss = self.self_critical(batch) if self.critical else self.taught(batch)
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
-        if config.grad_clip:
+        if self.config.grad_clip:
             learning = [each for group in self.optimizer.param_groups for each in group["params"]]
-            nn.utils.clip_grad_norm_(learning, config.grad_clip)
+            nn.utils.clip_grad_norm_(learning, self.config.grad_clip)
         self.optimizer.step()
         self.step_number += 1
         self.batch += 1
@@ -145,10 +189,57 @@ class Trainer:
         self.nll += loss.nll
         self.words += loss.words
 
+    def mixed(self) -> torch.autocast:
+        """Return the context of mixed precision, where it is wanted and worth it."""
+        wanted = self.config.amp and multiplies_bfloat16(self.device)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
+
+    def taught(self, batch: Batch) -> tuple[Tensor, Loss]:
+        """Return the objective and the loss of the captions people gave the images."""
+        self.model.train()
+        tokens = batch.tokens.to(self.device)
+        with self.mixed():
+            taught = self.model(batch.inputs.to(self.device), tokens, batch.owner.to(self.device))
+        loss = cross_entropy(taught.logits, tokens, self.config.label_smoothing)
+        objective = loss.objective / loss.words
+        if taught.attention is not None:
+            objective = objective + self.config.attention_penalty * unlooked(taught.attention)
+        return objective, loss
+
+    def self_critical(self, batch: Batch) -> tuple[Tensor, Loss]:
+        """Return the objective and the loss of captions drawn from the model itself.
+
+        They are drawn without gradients and read again by teacher forcing, both without dropout,
+        so that one path has the gradients.
+        """
+        inputs, count = batch.inputs.to(self.device), self.config.scst_samples
+        without_dropout(self.model)
+        with torch.no_grad(), self.mixed():
+            drawn = sample(
+                self.model.decoder,
+                self.model.remember(inputs),
+                max_words=self.model.config.seq_len,
+                n=count,
+            ).tokens
+        rewards = self.rewards(batch.image_ids, drawn)
+        baseline = leave_one_out(rewards)
+        start = torch.full_like(drawn[..., :1], START)
+        tokens = torch.cat([start, drawn], -1).flatten(0, 1)
+        owner = torch.arange(len(drawn), device=self.device).repeat_interleave(count)
+        with self.mixed():
+            logits = self.model(inputs, tokens, owner).logits
+        advantage = (rewards - baseline).flatten().to(self.device)
+        loss = self_critical(logits, tokens, advantage)
+        self.rewarded += float(rewards.sum())
+        self.baselines += float(baseline.sum())
+        self.samples += rewards.numel()
+        return loss.objective / loss.words, loss
+
     @torch.no_grad()
     def update_average(self) -> None:
         """Move the average a little towards the weights; at the start it follows them closely."""
-        decay = min(self.config.ema, (1 + self.step_number) / (10 + self.step_number))
+        done = self.step_number - self.first_step
+        decay = min(self.config.ema, (1 + done) / (10 + done))
         for name, tensor in self.model.learned():
             if self.config.ema and tensor.is_floating_point():
                 self.average[name].lerp_(tensor, 1 - decay)
@@ -194,6 +285,8 @@ class Trainer:
                 "one of them); go on with that version, or start a new run"
             )
         self.model.load_state_dict(state["weights"], strict=False)
+        self.critical = state.get("critical", False)
+        self.optimizer = self.new_optimizer()
         # The command line may have changed learning rates and decay: they are not taken over.
         groups = [{**group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -201,18 +294,30 @@ class Trainer:
             group |= {"peak": own["peak"], "weight_decay": own["weight_decay"]}
         self.average = {name: value.to(self.device) for name, value in state["average"].items()}
         self.nll.fill_(state["nll"])
-        for name in self.COUNTS:
-            setattr(self, name, state[name])
+        for name in self.COUNTS:  # runs from before there was a second stage have fewer
+            setattr(self, name, state.get(name, getattr(self, name)))
 
     def best(self) -> float:
         """Return the best validation CIDEr so far."""
         return max((row["CIDEr"] for row in self.rows if row["CIDEr"] is not None), default=-1.0)
 
     def patience_is_over(self) -> bool:
-        """Tell whether the last `patience` epochs have all been worse than one before them."""
-        scores = [row["CIDEr"] for row in self.rows if row["CIDEr"] is not None]
+        """Tell whether the stage's last `patience` epochs were all worse than one before them."""
+        rows = self.rows[self.first_epoch :]
+        scores = [row["CIDEr"] for row in rows if row["CIDEr"] is not None]
         waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
         return bool(self.config.patience) and waited >= self.config.patience
+
+
+def without_dropout(model: CaptionModel) -> None:
+    """Switch dropout off, and nothing else: cuDNN's LSTM has no backward pass in eval mode."""
+    model.train()
+    model.encoder.eval()  # a CNN trained from scratch: what is drawn must be what is read again
+    for module in model.decoder.modules():
+        if isinstance(module, Dropout):
+            module.eval()
+        elif isinstance(module, nn.LSTM):
+            module.dropout = 0.0
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ def steppers(machine: Machine) -> tuple[Callable, Callable, Callable, int]:
 
     usual.train()
     optimizer = torch.optim.AdamW(usual.parameters(), lr=1e-4)
-    trainer = Trainer(model, TrainConfig(), total_steps=1000)
+    trainer = Trainer(model, TrainConfig(), steps_per_epoch=100)
 
     def learn(given: Tensor, captions: Tensor) -> None:
         optimizer.zero_grad()
@@ -82,7 +82,7 @@ def steppers(machine: Machine) -> tuple[Callable, Callable, Callable, int]:
         learn(seen[owner], tokens)
 
     def ours() -> None:
-        trainer.step(one.inputs, one.tokens, one.owner)
+        trainer.step(one)
 
     return with_cnn, with_cache, ours, len(tokens)
 
@@ -190,7 +190,7 @@ def extraction_row(machine: Machine, folder: Path) -> dict[str, Any]:
 
     def ours() -> None:
         parts = encode_images(records, encoder, 224, machine.device, 32, 2, fast)
-        found["ours"] = torch.cat([part.cpu() for part, _ in parts]).float()
+        found["ours"] = torch.cat([part[:, 0].cpu() for part, _ in parts]).float()
 
     slow, quick = machine.seconds(usual, ours)
     likeness = nn.functional.cosine_similarity(found["usual"], found["ours"], dim=-1)

@@ -29,6 +29,14 @@ def shapes_run(tmp_path_factory) -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def drawn(tmp_path_factory) -> Path:
+    """Return a folder of few drawings, for runs that need not learn anything."""
+    import shapes
+
+    return shapes.draw(tmp_path_factory.mktemp("drawn"), train=24, val=8, test=8)
+
+
+@pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
     """Return a run's folder with a tiny untrained model."""
     from tiny import tiny_model  # imports torch, which must see the threads set above

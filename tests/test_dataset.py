@@ -275,13 +275,31 @@ def test_sides_are_words_of_their_own(caption, speaks, records):
 
 def test_features_take_the_place_of_pixels(records):
     class Features:
-        def get(self, image_id):
+        def get(self, image_id, view=0):
             return torch.full((2, 3), float(image_id.split(".")[0]))
 
     gone = [record._replace(path=record.path.with_name("gone.png")) for record in records]
     dataset = CaptionDataset(gone, VOCABULARY, 5, features=Features(), flip=True)
     batch = list(get_loader(dataset, 4))[1]
     assert batch.inputs.shape == (4, 2, 3) and batch.inputs[:, 0, 0].tolist() == [4, 5, 6, 7]
+
+
+def test_a_view_is_drawn_each_epoch_and_none_mirrored_of_what_has_sides(records):
+    class Features:
+        def get(self, image_id, view=0):
+            return torch.tensor([[float(view)]])
+
+    sided = records[1]._replace(captions=("a cat on the left",))
+    plain = records[0]._replace(captions=("a cat",))
+    dataset = CaptionDataset([plain, sided], VOCABULARY, 5, features=Features(), views=4)
+    seen = [
+        next(iter(get_loader(dataset, 2, epoch=e))).inputs.flatten().tolist() for e in range(60)
+    ]
+    free, bound = zip(*seen, strict=True)
+    assert set(free) == {0, 1, 2, 3} and set(bound) == {0, 2}
+    assert all(free.count(view) > 5 for view in range(4))
+    again = next(iter(get_loader(dataset, 2, epoch=7))).inputs.flatten().tolist()
+    assert again == seen[7]
 
 
 def test_an_empty_dataset_has_no_batches():
@@ -303,7 +321,8 @@ def test_mixed_seeds_differ_and_stay():
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
     [("limit", 0, "--limit 0 must be at least 1"), ("limit", -5, "at least 1"),
-     ("min_count", 0, "--min-count 0 must"), ("workers", -1, "--workers -1 must be at least 0"),
+     ("min_count", 0, "--min-count 0 must"), ("views", 0, "--views 0 must"),
+     ("workers", -1, "--workers -1 must be at least 0"),
      ("train_fraction", 0.0, "--train-fraction 0.0 must be above 0"),
      ("train_fraction", 1.5, "at most 1"), ("train_fraction", float("nan"), "at most 1")],
 )  # fmt: skip

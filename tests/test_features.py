@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 import features
-from encoder import BACKBONES, Encoder, backbone, image_transform
+from encoder import BACKBONES, Encoder, backbone, folded, image_transform
 from features import FeatureCache, cached_features, describe, encode_images
 from images import read_image
 from records import Record
@@ -375,6 +375,36 @@ def test_room_for_the_whole_cache_is_taken_at_the_start(records, encoder, tmp_pa
         build(records, encoder, tmp_path)
     (part,) = tmp_path.glob("*.part")
     assert part.stat().st_blocks * 512 >= 2 * 11 * 4 * 128
+
+
+# --- several views
+
+
+def test_views_are_the_image_its_mirror_image_and_parts_of_it(records, encoder, whole, tmp_path):
+    cache = build(records, encoder, tmp_path, views=4)
+    assert cache.array.shape[:2] == (len(records), 4)
+    mirrored = image_transform(32, train=False)
+    for record in records[:3]:
+        seen = [cache.get(record.image_id, view) for view in range(4)]
+        assert torch.equal(seen[0], whole.get(record.image_id))
+        pixels = mirrored(read_image(record.path).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        expected = folded(encoder)(pixels[None])[0].half()
+        torch.testing.assert_close(seen[1], expected, atol=2e-3, rtol=2e-3)
+        for one in range(4):
+            assert not any(torch.equal(seen[one], seen[other]) for other in range(one))
+
+
+def test_views_are_the_same_each_time_and_for_any_batch(records, encoder, tmp_path):
+    first = build(records, encoder, tmp_path / "first", views=3, batch_size=6)
+    again = build(records, encoder, tmp_path / "again", views=3, batch_size=1)
+    assert torch.allclose(
+        *(torch.from_numpy(each.array).float() for each in (first, again)), atol=1e-3
+    )
+
+
+def test_caches_of_other_views_lie_side_by_side(records, encoder, tmp_path):
+    paths = {build(records, encoder, tmp_path, views=views).path for views in (1, 2)}
+    assert len(paths) == 2 and all(path.exists() for path in paths)
 
 
 # --- the encoder's run

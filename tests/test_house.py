@@ -14,12 +14,12 @@ TIERS = (
     ("files", "decoding", "tokenizer", "images", "metrics", "plots", "shapes"),
     ("download_data", "encoder", "layers", "decoder", "tables", "records", "layouts", "dataset"),
     ("model", "features"),
-    ("losses", "inference"),
-    ("evaluate",),
-    ("trainer", "presets", "train"),
+    ("losses", "rewards", "inference"),
+    ("evaluate", "export"),
+    ("trainer", "presets", "settings", "train"),
 )
 ORDER = [module for tier in TIERS for module in tier]
-SCRIPTS = ("download_data", "train", "evaluate", "inference")
+SCRIPTS = ("download_data", "train", "evaluate", "inference", "export")
 STANDARD = set(sys.stdlib_module_names)
 LIBRARIES = {
     "torch", "torchvision", "PIL", "numpy", "tqdm", "requests", "tyro", "safetensors", "filelock",

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from decoding import END, PAD, START
-from losses import cross_entropy, unlooked
+from losses import cross_entropy, self_critical, unlooked
+from rewards import leave_one_out
 
 SIZE = 11
 SMOOTHINGS = (0.0, 0.1, 0.7)
@@ -128,6 +129,44 @@ def test_a_batch_of_padding_costs_nothing(smoothing):
     loss = cross_entropy(logits, torch.full_like(tokens, PAD), smoothing)
     assert float(loss.objective.detach()) == float(loss.nll) == loss.words == 0
     assert not gradient(loss.objective, logits).any()
+
+
+# --- self-critical
+
+
+def chosen(logits: Tensor, generator: torch.Generator, count: int) -> Tensor:
+    """Return `count` captions (count, 1 + words) drawn from `logits` (words, V)."""
+    drawn = torch.multinomial(logits.softmax(-1), count, True, generator=generator)
+    return torch.cat([torch.full((count, 1), START), drawn.T], 1)
+
+
+def test_its_mean_gradient_is_that_of_the_expected_reward():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 6, generator=generator).index_fill_(1, torch.tensor(PAD), -1e4)
+    logits.requires_grad_()
+    worth = torch.rand(6, 6, generator=generator)  # the reward of any two words
+    first, second = logits.softmax(-1)
+    expected = gradient((first[:, None] * second * worth).sum(), logits)
+    samples = chosen(logits.detach(), generator, 200_000)
+    rewards = worth[samples[:, 1], samples[:, 2]].view(-1, 5)
+    advantage = (rewards - leave_one_out(rewards)).flatten()
+    loss = self_critical(logits.expand(len(samples), 2, 6), samples, advantage)
+    found = gradient(-loss.objective / len(samples), logits)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    assert expected.abs().max() > 0.02
+
+
+def test_padding_never_changes_it_and_words_are_counted():
+    logits, tokens = batch()
+    advantage = torch.tensor([1.0, -0.5, 0.0, 2.0])
+    loss = self_critical(logits, tokens, advantage)
+    wider = torch.cat([logits, torch.randn(len(tokens), 4, SIZE)], 1)
+    padded = self_critical(wider, F.pad(tokens, (0, 4), value=PAD), advantage)
+    torch.testing.assert_close(padded.objective, loss.objective)
+    assert padded.words == loss.words == cross_entropy(logits, tokens).words
+    torch.testing.assert_close(loss.nll, cross_entropy(logits, tokens).nll)
+    slope = gradient(loss.objective, logits)
+    assert not slope[2].any() and slope[0].any()
 
 
 def test_even_attention_has_no_penalty_and_staring_has_one():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import metrics
-from metrics import CiderD, bleu, cider_d, java_scores, rouge_l, score, tokenize
+from metrics import CiderD, bleu, cider_d, faults, java_scores, rouge_l, score, tokenize
 
 # Each caption as the Java tokeniser of the COCO scorer cuts it (CoreNLP 3.4.1, punctuation out).
 WORDS = {
@@ -296,3 +296,19 @@ def test_importing_the_scorer_loads_neither_torch_nor_nltk():
     code = "import sys, metrics; print([m for m in ('torch', 'nltk') if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
     assert printed.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("caption", "bad", "repeats"),
+    [("a man with a", 1, 0), ("A dog runs in the.", 1, 0), ("a dog runs", 0, 0), ("", 0, 0),
+     ("a dog and and a cat", 0, 1), ("a boy in a field in a field", 0, 1),
+     ("a black dog and a white dog", 0, 0), ("two men and", 1, 0)],
+)  # fmt: skip
+def test_faults_are_what_a_reader_would_call_so(caption, bad, repeats):
+    assert faults([caption]) == {"bad_endings": bad, "repeats": repeats}
+
+
+def test_faults_are_shares():
+    found = faults(["a man with a", "a dog", "a dog dog", "a cat of"])
+    assert found == {"bad_endings": 0.5, "repeats": 0.25}
+    assert faults([]) == {"bad_endings": 0, "repeats": 0}

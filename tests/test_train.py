@@ -1,35 +1,22 @@
 """Training end to end: what a run leaves behind, how it goes on, and how it says no."""
 
-import csv
 import json
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from scene_parser import is_true
-from tiny import as_flickr8k
+from tiny import SMALL, as_flickr8k, assert_same_run, losses, run_code
 
 import files
 import inference
-import shapes
 import train
+from dataset import Batch
 from encoder import build_trunk
 from model import CaptionModel, read_checkpoint
+from presets import PRESETS
 from trainer import TrainConfig, Trainer
-
-ROOT = Path(__file__).parent.parent
-SMALL = ["--dataset", "shapes", "--batch-size", "4", "--epochs", "2", "--d-model", "16",
-         "--n-head", "2", "--n-decode", "1", "--fc-dim", "32", "--seed", "3"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory) -> Path:
-    return shapes.draw(tmp_path_factory.mktemp("drawn"), train=24, val=8, test=8)
 
 
 @pytest.fixture(scope="module")
@@ -40,42 +27,12 @@ def whole(drawn, tmp_path_factory) -> Path:
     return folder
 
 
-def run_script(code: str, *arguments: str) -> subprocess.CompletedProcess:
-    """Run Python `code` with `arguments` in the project's folder."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    """The weights, the average, the optimiser and the model file agree bit for bit."""
-    ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (first, second))
-    for part in ("weights", "average"):
-        assert ours[part].keys() == theirs[part].keys()
-        for name, tensor in ours[part].items():
-            assert torch.equal(tensor, theirs[part][name]), (part, name)
-    for index, state in ours["optimizer"]["state"].items():
-        for name, tensor in state.items():
-            assert torch.equal(tensor, theirs["optimizer"]["state"][index][name])
-    ours, theirs = (load_file(folder / "best.safetensors") for folder in (first, second))
-    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
-
-
-def losses(folder: Path) -> list[tuple[str, str, str]]:
-    with (folder / "metrics.csv").open(encoding="utf-8") as file:
-        return [(row["train_loss"], row["val_loss"], row["CIDEr"]) for row in csv.DictReader(file)]
-
-
 STOPPED = """
     import os, signal, sys
     import files, train, trainer
     step = trainer.Trainer.step
-    def stopping(self, *batch):
-        step(self, *batch)
+    def stopping(self, batch):
+        step(self, batch)
         if self.step_number == 8:  # epochs have six steps: in the middle of the second
             os.kill(os.getpid(), signal.{signal})
     trainer.Trainer.step = stopping
@@ -87,7 +44,7 @@ STOPPED = """
 def test_a_stopped_run_resumes_to_the_same_weights(name, code, drawn, whole, tmp_path):
     folder = tmp_path / "run"
     place = ["--data-dir", str(drawn), "--output", str(folder)]
-    stopped = run_script(STOPPED.format(signal=name), *SMALL, *place)
+    stopped = run_code(STOPPED.format(signal=name), *SMALL, *place)
     assert stopped.returncode == code, stopped.stderr
     assert len(losses(folder)) == 1
     train.main(["--resume", "--output", str(folder)])
@@ -169,7 +126,7 @@ FULL_DISK = """
 def test_a_full_disk_is_one_line_and_the_old_state_stays(drawn, whole, tmp_path):
     folder = tmp_path / "run"
     place = ["--data-dir", str(drawn), "--output", str(folder)]
-    full = run_script(FULL_DISK, *SMALL, *place)
+    full = run_code(FULL_DISK, *SMALL, *place)
     errors = [line for line in full.stderr.splitlines() if line.startswith("error:")]
     assert full.returncode == 2, full.stderr
     assert len(errors) == 1 and "last.pt" in errors[0] and "Traceback" not in full.stderr
@@ -251,11 +208,11 @@ def tiny_trainer(**changes) -> Trainer:
     sizes = DecoderConfig(d_model=8, n_head=2, n_decode=1, fc_dim=8, dropout=0.0, seq_len=4)
     torch.manual_seed(0)
     model = CaptionModel(Encoder("tiny", "all"), sizes, Vocabulary(["a", "b"]), 64)
-    return Trainer(model, TrainConfig(**changes), total_steps=100)
+    return Trainer(model, TrainConfig(**changes), steps_per_epoch=100)
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():
-    trainer = tiny_trainer(warmup=0.1)
+    trainer = tiny_trainer(warmup=0.1, epochs=1)
     rates = []
     for trainer.step_number in range(100):
         rates.append(trainer.rate())
@@ -264,12 +221,18 @@ def test_the_learning_rate_rises_then_falls_to_nothing():
     assert rates[-1] < 0.001
 
 
-BATCH = (torch.rand(2, 3, 64, 64), torch.tensor([[1, 4, 5, 2], [1, 5, 2, 0]]), torch.arange(2))
+BATCH = Batch(
+    ["one", "two"],
+    torch.rand(2, 3, 64, 64),
+    torch.tensor([[1, 4, 5, 2], [1, 5, 2, 0]]),
+    torch.arange(2),
+    [["a b"], ["b"]],
+)
 
 
 def test_without_an_average_the_weights_themselves_are_lent():
     trainer = tiny_trainer(ema=0.0)
-    trainer.step(*BATCH)
+    trainer.step(BATCH)
     for name, tensor in trainer.model.learned():
         assert torch.equal(trainer.average[name], tensor)
 
@@ -278,7 +241,7 @@ def test_the_average_follows_its_formula_and_is_lent_and_given_back():
     trainer = tiny_trainer(ema=0.9)
     expected = {name: tensor.clone() for name, tensor in trainer.average.items()}
     for step in range(3):
-        trainer.step(*BATCH)
+        trainer.step(BATCH)
         decay = min(0.9, (2 + step) / (11 + step))
         for name, tensor in trainer.model.learned():
             if tensor.is_floating_point():
@@ -348,7 +311,7 @@ def test_a_preset_may_choose_the_dataset_and_a_flag_another():
     assert (flags["dataset"], flags["grid"], flags["epochs"]) == ("shapes", 1, 6)
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains_with_its_own_encoder(preset, drawn, tmp_path):
     folder, small = tmp_path / "run", "96"  # pixels: Inception needs 75
     train.main([
@@ -358,10 +321,10 @@ def test_every_preset_trains_with_its_own_encoder(preset, drawn, tmp_path):
     ])  # fmt: skip
     model = CaptionModel.load(folder)
     expected = {"resnet-transformer": "resnet50"} | {
-        name: flags["cnn_backbone"] for name, flags in train.PRESETS.items() if flags
+        name: flags["cnn_backbone"] for name, flags in PRESETS.items() if flags
     }
     assert model.encoder.name == expected[preset]
-    assert model.decoder.positions == (1 if "grid" in train.PRESETS[preset] else 9)
+    assert model.decoder.positions == (1 if "grid" in PRESETS[preset] else 9)
     assert "CIDEr" in json.loads((folder / "scores.json").read_text())["test"]
 
 
@@ -386,9 +349,9 @@ def test_mixed_precision_learns_the_same_as_full(mixed, monkeypatch):
     monkeypatch.setattr("trainer.multiplies_bfloat16", lambda device: mixed)
     trainer = tiny_trainer(ema=0.0, lr=0.01, label_smoothing=0.0)
     for _ in range(40):
-        trainer.step(*BATCH)
+        trainer.step(BATCH)
     first = float(trainer.nll)
     for _ in range(40):
-        trainer.step(*BATCH)
+        trainer.step(BATCH)
     assert float(trainer.nll) - first < 0.7 * first
     assert all(weights.dtype == torch.float32 for weights in trainer.model.parameters())

@@ -1,10 +1,15 @@
 """A tiny model, pictures and datasets for it, and scripts run as their command line runs them."""
 
+import csv
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import files
 from dataset import Vocabulary
@@ -64,3 +69,40 @@ def as_flickr8k(drawn: Path, folder: Path, lists: tuple[str, ...]) -> Path:
         names = [image["filename"] for image in images if image["split"] == split]
         (folder / f"Flickr8k_text/Flickr_8k.{name}Images.txt").write_text("\n".join(names))
     return folder
+
+
+# --- runs of train.py
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--dataset", "shapes", "--batch-size", "4", "--epochs", "2", "--d-model", "16",
+         "--n-head", "2", "--n-decode", "1", "--fc-dim", "32", "--seed", "3"]  # fmt: skip
+
+
+def run_code(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run Python `code` with `arguments` in the project's folder."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """The weights, the average, the optimiser and the model file agree bit for bit."""
+    ours, theirs = (torch.load(folder / "last.pt", weights_only=True) for folder in (first, second))
+    for part in ("weights", "average"):
+        assert ours[part].keys() == theirs[part].keys()
+        for name, tensor in ours[part].items():
+            assert torch.equal(tensor, theirs[part][name]), (part, name)
+    for index, state in ours["optimizer"]["state"].items():
+        for name, tensor in state.items():
+            assert torch.equal(tensor, theirs["optimizer"]["state"][index][name])
+    ours, theirs = (load_file(folder / "best.safetensors") for folder in (first, second))
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def losses(folder: Path) -> list[tuple[str, str, str]]:
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        return [(row["train_loss"], row["val_loss"], row["CIDEr"]) for row in csv.DictReader(file)]

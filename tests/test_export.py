@@ -1,0 +1,55 @@
+"""A model in another form says the same."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import METHODS, picture, run_script, tiny_model
+
+import export
+from inference import Captioner
+from model import CaptionModel, read_checkpoint
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "best.safetensors"
+    tiny_model().save(path, scores={"CIDEr": 0.5}, training={"epochs": 3})
+    return path
+
+
+def test_half_the_size_and_the_same_captions(checkpoint, tmp_path, capsys):
+    small = tmp_path / "small.safetensors"
+    code, out, _ = run_script(export, checkpoint, small, capsys=capsys)
+    assert code == 0 and out.startswith(str(small)) and "MB" in out
+    assert small.stat().st_size < 0.55 * checkpoint.stat().st_size
+    large, half = (Captioner.load(path, "cpu") for path in (checkpoint, small))
+    pictures = [picture(seed) for seed in range(8)]
+    for method in METHODS:
+        said = [list(each.caption_many(pictures, method=method)) for each in (large, half)]
+        same = [a[0].text == b[0].text for a, b in zip(*said, strict=True)]
+        assert sum(same) >= 7
+    assert next(half.model.parameters()).dtype == torch.float32
+
+
+def test_batchnorm_and_what_float16_cannot_hold_stay_in_float32(tmp_path):
+    model = tiny_model()
+    model.encoder.cnn.bn0.running_var.fill_(83_614)
+    model.decoder.project.weight.data[0, 0] = 1e5
+    model.save(tmp_path / "half.safetensors", half=True)
+    kept = load_file(tmp_path / "half.safetensors")
+    assert kept["encoder.cnn.bn0.running_var"].dtype == torch.float32
+    assert kept["decoder.project.weight"].dtype == torch.float32
+    assert kept["encoder.cnn.conv0.weight"].dtype == torch.float16
+    loaded = CaptionModel.load(tmp_path / "half.safetensors")
+    assert float(loaded.encoder.cnn.bn0.running_var[0]) == 83_614
+
+
+def test_scores_and_training_go_along(checkpoint, tmp_path):
+    export.export(checkpoint, tmp_path / "small.safetensors")
+    about, _ = read_checkpoint(tmp_path / "small.safetensors")
+    assert about["scores"] == {"CIDEr": 0.5} and about["training"] == {"epochs": 3}
+
+
+def test_an_unknown_form_is_one_clear_line(checkpoint, tmp_path, capsys):
+    code, _, error = run_script(export, checkpoint, tmp_path / "model.pkl", capsys=capsys)
+    assert code == 2 and "end it in .safetensors" in error and not (tmp_path / "model.pkl").exists()

@@ -1,0 +1,249 @@
+"""Rewards against the reference scorer, and what the stage that maximises them does.
+
+B images · n captions an image · T words
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import SMALL, WORDS, assert_same_run, losses, run_code, tiny_model
+
+import train
+from dataset import Batch, Vocabulary
+from decoder import DecoderConfig
+from decoding import END, PAD, sample
+from encoder import Encoder
+from model import CaptionModel, read_checkpoint
+from records import Record
+from rewards import OVER, Rewards, leave_one_out
+from trainer import TrainConfig, Trainer, without_dropout
+
+CAPTIONS = {
+    "one": ("A dog runs .", "a brown dog runs on grass", "The dog's running!"),
+    "two": ("two men sit on a bench", "men on a bench"),
+    "three": ("a man with a dog", "a man walks a dog on the grass"),
+}
+RECORDS = [Record(name, Path(name), lines) for name, lines in CAPTIONS.items()]
+VOCABULARY = Vocabulary(["a", "dog", "runs", "on", "grass", "man", "men", "bench", "with", "two"])
+
+
+def tokens(*captions: str, length: int = 8) -> torch.Tensor:
+    """Return captions (n, T) as decoding returns them; one that ends in "…" has no end token."""
+    rows = torch.full((len(captions), length), PAD)
+    for row, caption in zip(rows, captions, strict=True):
+        ids = VOCABULARY.encode(caption.removesuffix("…"), 20)[1:]
+        ids = ids[:-1] if caption.endswith("…") else ids
+        row[: len(ids)] = torch.tensor(ids)
+    return rows
+
+
+SAMPLES = torch.stack([
+    tokens("a dog runs", "a man with a…", "dog"),
+    tokens("two men on a bench", "a bench on a bench", "two men sit…"),
+])  # fmt: skip
+
+
+def test_rewards_are_the_reference_scorers_with_the_end_as_a_word():
+    scorer = pytest.importorskip("pycocoevalcap.cider.cider_scorer").CiderScorer
+    rewards = Rewards(RECORDS, VOCABULARY)
+    found = rewards(["one", "two"], SAMPLES)
+    for row, name in enumerate(["one", "two"]):
+        for column in range(3):
+            reference = scorer(n=4, sigma=6.0)
+            for place, record in enumerate(RECORDS):
+                spoken = rewards.spoken(SAMPLES[row, column].tolist())
+                said = " ".join(spoken) if record.image_id == name else ""
+                reference += (said, [" ".join(words) for words in rewards.references[place]])
+            _, each = reference.compute_score()
+            expected = each[[record.image_id for record in RECORDS].index(name)]
+            assert float(found[row, column]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_caption_that_breaks_off_has_no_end_in_its_reward():
+    rewards = Rewards(RECORDS, VOCABULARY)
+    assert rewards.spoken(SAMPLES[0, 0].tolist()) == ["a", "dog", "runs", OVER]
+    assert rewards.spoken(SAMPLES[0, 1].tolist()) == ["a", "man", "with", "a"]
+    whole, broken = rewards(["three"], tokens("a man with a dog", "a man with a dog…")[None])[0]
+    assert whole > broken > 0
+
+
+def test_bleu_is_added_with_its_weight():
+    scorer = pytest.importorskip("pycocoevalcap.bleu.bleu_scorer").BleuScorer
+    plain, mixed = (Rewards(RECORDS, VOCABULARY, weight) for weight in (0.0, 0.5))
+    more = mixed(["one", "two"], SAMPLES) - plain(["one", "two"], SAMPLES)
+    for row in range(2):
+        for column in range(3):
+            reference = scorer(n=4)
+            said = " ".join(plain.spoken(SAMPLES[row, column].tolist()))
+            reference += (said, [" ".join(words) for words in plain.references[row]])
+            bleu = reference.compute_score(option="closest", verbose=0)[0][3]
+            assert float(more[row, column]) == pytest.approx(0.5 * bleu, abs=1e-6)
+
+
+def test_the_baseline_is_the_mean_of_the_others():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    assert leave_one_out(rewards).tolist() == [[4.0, 3.5, 1.5], [1.5, 1.5, 0.0]]
+
+
+# --- the stage
+
+
+def one_batch(vocabulary: Vocabulary) -> Batch:
+    torch.manual_seed(1)
+    lines = [["a red circle", "red circle on a dog"], ["a blue square", "blue square"]]
+    encoded = [torch.tensor(vocabulary.encode(line, 8)) for each in lines for line in each]
+    padded = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_value=PAD)
+    return Batch(["x", "y"], torch.randn(2, 16, 128), padded, torch.tensor([0, 0, 1, 1]), lines)
+
+
+def trainer_of_two(decoder: str = "transformer", **changes) -> tuple[Trainer, Batch]:
+    torch.manual_seed(0)
+    sizes = DecoderConfig(decoder, d_model=16, n_head=2, n_decode=1, fc_dim=32, seq_len=8)
+    model = CaptionModel(Encoder("tiny", "all"), sizes, Vocabulary(WORDS), 64)
+    batch = one_batch(model.vocabulary)
+    trainer = Trainer(model, TrainConfig(scst_epochs=1, warmup=0.0, **changes), 10**6)
+    records = [Record(name, Path(name), tuple(lines))
+               for name, lines in zip(batch.image_ids, batch.references, strict=True)]  # fmt: skip
+    records.append(Record("z", Path("z"), ("a café",)))
+    trainer.rewards = Rewards(records, model.vocabulary)
+    return trainer, batch
+
+
+@pytest.mark.parametrize("decoder", ["transformer", "lstm", "attention-lstm"])
+def test_after_the_captions_the_model_learns_what_is_rewarded(decoder):
+    trainer, batch = trainer_of_two(decoder, lr=3e-3, scst_lr=3e-3, ema=0.0)
+    for _ in range(40):
+        trainer.step(batch)
+    trainer.begin(critical=True)
+    means = []
+    for _ in range(4):
+        trainer.forget_sums()
+        for _ in range(25):
+            trainer.step(batch)
+        means.append(trainer.rewarded / trainer.samples)
+        assert trainer.baselines / trainer.samples == pytest.approx(means[-1])
+    assert means[-1] > 1.2 * means[0] > 0
+
+
+def test_drawn_captions_are_read_again_with_the_probability_they_were_drawn_with():
+    trainer, batch = trainer_of_two(amp=False)
+    model = trainer.model
+    without_dropout(model)
+    memory = model.remember(batch.inputs)
+    spoken = sample(model.decoder, memory, max_words=8, n=4)
+    start = torch.ones_like(spoken.tokens[..., :1])
+    rows = torch.cat([start, spoken.tokens], -1).flatten(0, 1)
+    logits = model(batch.inputs, rows, torch.arange(2).repeat_interleave(4)).logits
+    told = logits.log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
+    found = told.masked_fill(rows[:, 1:] == PAD, 0).sum(-1)
+    torch.testing.assert_close(found, spoken.log_prob.flatten(), atol=1e-4, rtol=1e-4)
+    assert (spoken.tokens == END).sum() == 8
+
+
+def test_dropout_is_off_and_all_else_as_in_training():
+    model = tiny_model(decoder="lstm")
+    without_dropout(model)
+    assert model.decoder.lstm.training and not model.encoder.training
+    first, second = (model.remember(one_batch(model.vocabulary).inputs) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+CRITICAL = [*SMALL, "--scst-epochs", "2", "--scst-lr", "1e-3"]
+
+
+@pytest.fixture(scope="module")
+def whole(drawn, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("critical") / "run"
+    train.main([*CRITICAL, "--data-dir", str(drawn), "--output", str(folder)])
+    return folder
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "metrics.csv").open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_both_stages_are_in_one_table(whole):
+    table = rows(whole)
+    assert [row["epoch"] for row in table] == ["1", "2", "3", "4"]
+    assert [bool(row["train_loss"]) for row in table] == [True, True, False, False]
+    assert [bool(row["reward"]) for row in table] == [False, False, True, True]
+    for row in table:
+        assert 0 <= float(row["bad_endings"]) <= 1 and 0 <= float(row["repeats"]) <= 1
+    assert float(table[3]["reward"]) == pytest.approx(float(table[3]["baseline"]), abs=1e-4)
+    assert float(table[2]["lr"]) <= 1e-3
+
+
+@pytest.mark.parametrize("step", [14, 20])
+def test_a_run_killed_in_the_second_stage_resumes_to_the_same_weights(
+    step,
+    drawn,
+    whole,
+    tmp_path,
+):
+    folder = tmp_path / "run"
+    code = f"""
+        import os, signal, sys
+        import files, train, trainer
+        step = trainer.Trainer.step
+        def stopping(self, batch):
+            step(self, batch)
+            if self.step_number == {step}:  # six steps an epoch, two epochs a stage
+                os.kill(os.getpid(), signal.SIGTERM)
+        trainer.Trainer.step = stopping
+        files.run(lambda: train.main(sys.argv[1:]))
+    """
+    stopped = run_code(code, *CRITICAL, "--data-dir", str(drawn), "--output", str(folder))
+    assert stopped.returncode == 130, stopped.stderr
+    train.main(["--resume", "--output", str(folder)])
+    assert_same_run(folder, whole)
+    assert losses(folder) == losses(whole)
+
+
+def test_a_finished_run_can_go_on_with_a_second_stage(drawn, whole, tmp_path):
+    folder = tmp_path / "run"
+    train.main([*SMALL, "--data-dir", str(drawn), "--output", str(folder)])
+    critical = CRITICAL[len(SMALL) :]
+    train.main(["--resume", "--output", str(folder), *critical])
+    assert_same_run(folder, whole)
+
+
+# --- from another model
+
+
+def test_a_run_can_begin_with_another_model(drawn, whole, tmp_path):
+    folder = tmp_path / "run"
+    train.main([
+        "--dataset", "shapes", "--data-dir", str(drawn), "--init-from", str(whole), "--epochs", "0",
+        "--scst-epochs", "1", "--scst-lr", "1e-9", "--dropout", "0.3", "--output", str(folder),
+    ])  # fmt: skip
+    before, after = CaptionModel.load(whole), CaptionModel.load(folder)
+    assert after.vocabulary == before.vocabulary and after.config.d_model == 16
+    assert after.config.dropout == 0.3
+    for name, tensor in before.state_dict().items():
+        torch.testing.assert_close(tensor, after.state_dict()[name], atol=1e-5, rtol=1e-5)
+    about, _ = read_checkpoint(folder / "best.safetensors")
+    assert about["training"]["init_from"]["epochs"] == 2
+    assert str(whole) not in str(about)
+    assert np.isfinite(float(rows(folder)[0]["CIDEr"]))
+
+
+def test_a_run_that_begins_with_a_model_keeps_its_sizes(whole):
+    with pytest.raises(ValueError, match=r"--d-model 32 differs from the 16 of .*keeps a model's"):
+        train.main(["--dataset", "shapes", "--init-from", str(whole), "--d-model", "32"])
+
+
+def test_no_epochs_without_a_model_are_refused():
+    with pytest.raises(ValueError, match="--epochs 0 leaves nothing to train"):
+        TrainConfig(epochs=0, scst_epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("scst_epochs", -1), ("scst_samples", 1), ("scst_lr", 0), ("scst_bleu", -1)]
+)
+def test_flags_of_the_stage_out_of_range_name_themselves(flag, value):
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} {value} must be"):
+        TrainConfig(**{flag: value})
