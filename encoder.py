@@ -24,6 +24,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, torchvis
 TRANSFORM = "squash-bilinear-imagenet"  # names the evaluation transform in caches and checkpoints
 LEAST_SIZE = 32  # pixels a side: most CNNs halve the picture five times
 
+IN_CAPTIONER = "encoder.cnn."  # what CaptionModel's state dict calls the CNN
+
 RESNET_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
 INCEPTION_SKIPS = ("AuxLogits", "avgpool", "dropout", "fc")
 
@@ -79,8 +81,8 @@ class EncoderConfig:
     cnn_backbone: Literal[tuple(BACKBONES)] = "resnet50"
     """The CNN, without its classifier."""
     cnn_weights: str = "default"
-    """default (torchvision's), IMAGENET1K_V1, a state-dict file (.pth or .safetensors), or none
-    (the whole CNN is trained from scratch)."""
+    """default (torchvision's), IMAGENET1K_V1, a state-dict file (.pth or .safetensors; a captioner's
+    checkpoint too), or none (the whole CNN is trained from scratch)."""
     img_size: int | None = None
     """Side in pixels that images are resized to (default: the backbone's own)."""
     grid: int | None = None
@@ -213,10 +215,13 @@ def build_encoder(
 def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
     """Fill `cnn` from torchvision's named weights or a state-dict file, with or without classifier.
 
+    The file may be a captioner's checkpoint, whose CNN was fine-tuned: only that is read.
     Raises ValueError naming the first entry that is missing, has another shape, holds infinity or
     NaN, or belongs to a larger CNN.
     """
     source, state = read_weights(name, weights)
+    if captioner := {key for key in state if key.startswith(IN_CAPTIONER)}:
+        state = {key.removeprefix(IN_CAPTIONER): state[key] for key in captioner}
     wanted = cnn.state_dict()
     for key, tensor in wanted.items():
         if key.endswith("num_batches_tracked"):

@@ -153,6 +153,14 @@ def test_weights_are_the_same_from_every_kind_of_file(kind, classifier, half, re
     assert next(encoder.parameters()).dtype == torch.float32
 
 
+def test_a_captioners_checkpoint_gives_its_cnn(resnet18, tmp_path):
+    state = {f"encoder.cnn.{name}": tensor for name, tensor in resnet18.state_dict().items()}
+    save_file({**state, "decoder.norm.weight": torch.ones(3)}, tmp_path / "best.safetensors")
+    encoder = build_encoder("resnet18", tmp_path / "best.safetensors")
+    for name, tensor in encoder.cnn.state_dict().items():
+        assert torch.equal(tensor, resnet18.state_dict()[name])
+
+
 def test_weights_without_batch_counters_are_read(resnet18, tmp_path):
     state = {k: v for k, v in resnet18.state_dict().items() if "num_batches" not in k}
     torch.save(collections.OrderedDict(state), tmp_path / "old.pth")
