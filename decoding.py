@@ -161,11 +161,26 @@ def sample(
         # The best at 0, so that no temperature sends all of them to minus infinity.
         logits = (log_probs - log_probs.amax(-1, keepdim=True)) / temperature
         logits = filter_words(logits, top_k, top_p)
-        flat = logits.softmax(-1).flatten(0, 1)
-        words = torch.multinomial(flat, 1, generator=generator).view(*logits.shape[:2], 1)
+        words = draw_words(logits.softmax(-1), generator)
         return log_probs.gather(-1, words)[..., 0], words[..., 0]
 
     return _roll(decoder, memory, n, draw, max_words, min_words, no_repeat_ngram)
+
+
+def draw_words(probability: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Return one word (…, 1) by each distribution (…, V), never one of probability 0.
+
+    One random number a distribution; `torch.multinomial` draws V, which takes longer than a
+    decoder's step.
+    """
+    reached = probability.cumsum(-1)
+    chance = torch.rand(
+        (*probability.shape[:-1], 1), generator=generator, device=probability.device
+    )
+    # The first word that goes beyond: an impossible one adds nothing, and so is never it. Rounding
+    # must not bring the largest chance to the sum of all.
+    place = chance * (1 - 2**-22) * reached[..., -1:]
+    return torch.searchsorted(reached, place, right=True)
 
 
 def filter_words(logits: Tensor, top_k: int, top_p: float) -> Tensor:

@@ -81,8 +81,8 @@ class EncoderConfig:
     cnn_backbone: Literal[tuple(BACKBONES)] = "resnet50"
     """The CNN, without its classifier."""
     cnn_weights: str = "default"
-    """default (torchvision's), IMAGENET1K_V1, a state-dict file (.pth or .safetensors; a captioner's
-    checkpoint too), or none (the whole CNN is trained from scratch)."""
+    """default (torchvision's), IMAGENET1K_V1, a state-dict file (.pth or .safetensors, a
+    captioner's checkpoint too), or none (the whole CNN is trained from scratch)."""
     img_size: int | None = None
     """Side in pixels that images are resized to (default: the backbone's own)."""
     grid: int | None = None

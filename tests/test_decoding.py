@@ -331,6 +331,16 @@ def mixed() -> torch.Tensor:
 DETERMINISTIC = [name for name in METHODS if not name.startswith("sample")]
 
 
+@pytest.mark.parametrize("chance", [0.0, 1 - 2**-24])
+def test_the_least_and_the_largest_chance_draw_possible_words(chance, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    probability = torch.rand(500, 3, 40, generator=generator).softmax(-1)
+    probability[..., [0, 1, 2, 7, 38, 39]] = 0
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.full(size, chance))
+    words = decoding.draw_words(probability)
+    assert words.shape == (500, 3, 1) and (words == (3 if chance == 0 else 37)).all()
+
+
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_an_image_has_the_same_captions_alone_and_in_any_batch(name):
     method, toy, memory = METHODS[name], Toy(words=6, seed=1), mixed()
