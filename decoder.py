@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from decoding import PAD, State
-from layers import Dropout, Layout, attend, join_heads, split_heads, unpacked
+from layers import Dropout, Layout, attend, join_heads, scaled_dot_products, split_heads, unpacked
 
 # The table of decoders, name → constructor, is at the end of this file.
 DecoderName = Literal["transformer", "lstm", "attention-lstm"]
@@ -85,8 +85,17 @@ class Block(nn.Module):
         key, value = self.key_value(memory).chunk(2, dim=-1)
         return split_heads(key, self.heads), split_heads(value, self.heads)
 
-    def forward(self, x: Tensor, layout: Layout, image: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the next layer's packed words (N, D); `image` are its keys and values."""
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        image: tuple[Tensor, Tensor],
+        looks: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Return the next layer's packed words (N, D); `image` are its keys and values.
+
+        `looks`, where given, gets how each word spreads its attention over the image, (N, S).
+        """
         qkv = layout.spread(self.qkv(self.norm_self(x)), layout.by_caption)  # (M, T, 3D)
         query, key, value = (split_heads(part, self.heads) for part in qkv.chunk(3, dim=-1))
         # Padding comes last in a row, so the causal mask hides it from every word.
@@ -95,7 +104,13 @@ class Block(nn.Module):
         x = x + self.dropout(self.self_out(heard))
 
         query = layout.spread(self.query(self.norm_cross(x)), layout.by_image)  # (B, W, D)
-        seen = attend(split_heads(query, self.heads), *image)
+        query = split_heads(query, self.heads)
+        if looks is not None:
+            where = (
+                scaled_dot_products(query, image[0]).softmax(-1).mean(1)
+            )  # (B, H, W, S) -> (B, W, S)
+            looks.append(layout.pack(where, layout.by_image))
+        seen = attend(query, *image)
         x = x + self.dropout(self.cross_out(layout.pack(join_heads(seen), layout.by_image)))
         return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
@@ -185,18 +200,25 @@ class Transformer(Decoder):
         """(…, D) -> (…, V)"""
         return F.linear(self.norm(x), self.embedding.weight)
 
-    def forward(self, memory: Tensor, tokens: Tensor, owner: Tensor) -> Taught:
+    def forward(
+        self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
+    ) -> Taught:
         """Return logits (M, T-1, V) of `tokens` (M, T) by teacher forcing.
 
         `memory` (B, S, D); `owner` (M,) the image of each caption, in any order. Only words are
-        worked on: logits at padding are zero. Raises ValueError on captions that are too long.
+        worked on: logits at padding are zero. With `attention`, also where each word looks: the
+        mean over layers and heads. Raises ValueError on captions that are too long.
         """
         inputs, real = tokens[:, :-1], self.words(tokens)
         layout = Layout(real, owner, len(memory))
         x = self.embed(inputs[layout.caption, layout.position], layout.position)
+        looks: list[Tensor] | None = [] if attention else None
         for block in self.blocks:
-            x = block(x, layout, block.look(memory))
-        return Taught(layout.spread(self.logits(x), layout.by_caption))
+            x = block(x, layout, block.look(memory), looks)
+        logits = layout.spread(self.logits(x), layout.by_caption)
+        if looks is None:
+            return Taught(logits)
+        return Taught(logits, layout.spread(torch.stack(looks).mean(0), layout.by_caption))
 
     def start(self, memory: Tensor) -> State:
         """Return the state before the first word: memory (B, S, D) as keys and values."""
@@ -248,7 +270,9 @@ class LSTM(Decoder):
         """(…, fc_dim) -> (…, V)"""
         return F.linear(self.output(self.dropout(x)), self.embedding.weight, self.bias)
 
-    def forward(self, memory: Tensor, tokens: Tensor, owner: Tensor) -> Taught:
+    def forward(
+        self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
+    ) -> Taught:
         """Return logits (M, T-1, V) of `tokens` (M, T) by teacher forcing.
 
         `memory` (B, 1, D) is read once an image; its captions, `owner` (M,), go on from there.
@@ -344,7 +368,9 @@ class AttentionLSTM(Decoder):
             after += [x, c]
         return tuple(part.unflatten(0, words.shape[:2]) for part in after), seen, attention
 
-    def forward(self, memory: Tensor, tokens: Tensor, owner: Tensor) -> Taught:
+    def forward(
+        self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
+    ) -> Taught:
         """Return logits (M, T-1, V) and attention (M, T-1, S) by teacher forcing.
 
         `memory` (B, S, D), `tokens` (M, T), `owner` (M,). Captions run longest first, and each

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -69,6 +70,19 @@ class Caption(NamedTuple):
 
     text: str
     log_prob: float
+
+
+class Explained(NamedTuple):
+    """A caption with what each of its words looked at.
+
+    `attention` (words, rows, columns), each word's sums to 1 over the image; None where the model
+    has none (a pooled image, an ensemble).
+    """
+
+    text: str
+    log_prob: float
+    words: list[str]
+    attention: np.ndarray | None
 
 
 def pick_device(device: torch.device | str) -> torch.device:
@@ -221,17 +235,33 @@ class Captioner:
         """
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size} must be at least 1")
-        config = replace(self.decoding, **decoding)
-        device = next(self.model.parameters()).device
         images = iter(images)
         while batch := [read_image(image) for image in islice(images, batch_size)]:
-            views = [torch.stack([see(image) for image in batch]) for see in self.transforms]
-            # Sampling goes by the pixels: a picture has its words alone as in any list.
-            keys = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
-            with torch.inference_mode():
-                memory = self.model.remember(*(pixels.to(device) for pixels in views))
-                decoded = decode(self.model, memory, config, n, keys)
-            yield from spoken(self.model, decoded)
+            yield from spoken(self.model, self._decoded(batch, n, decoding)[1])
+
+    def explain(self, image: Any, *, n: int = 1, **decoding: Any) -> list[Explained]:
+        """Return the `n` best captions of a picture, and where in it each word looked."""
+        memory, decoded = self._decoded([read_image(image)], n, decoding)
+        captions = spoken(self.model, decoded)[0]
+        looks = self.model.look(memory, decoded.tokens)
+        explained = []
+        for row, caption in enumerate(captions):
+            words = caption.text.split()
+            where = None if looks is None else looks[0, row, : len(words)].cpu().numpy()
+            explained.append(Explained(*caption, words, where))
+        return explained
+
+    @torch.inference_mode()
+    def _decoded(
+        self, batch: Sequence[Image.Image], n: int, decoding: dict[str, Any]
+    ) -> tuple[Any, Decoded]:
+        """Return the memory of pictures, and `n` captions of each as tokens."""
+        device = next(self.model.parameters()).device
+        views = [torch.stack([see(image) for image in batch]) for see in self.transforms]
+        # Sampling goes by the pixels: a picture has its words alone as in any list.
+        keys = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
+        memory = self.model.remember(*(pixels.to(device) for pixels in views))
+        return memory, decode(self.model, memory, replace(self.decoding, **decoding), n, keys)
 
 
 @functools.lru_cache(maxsize=2)

@@ -62,11 +62,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> T
     if query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
     # For rows this short torch's fused backward takes up to ten times as long on a CPU.
-    scores = query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
+    likeness = scaled_dot_products(query, key)
     if causal:
-        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(later, float("-inf"))
-    return scores.softmax(-1) @ value
+        later = torch.ones(likeness.shape[-2:], dtype=torch.bool, device=likeness.device).triu(1)
+        likeness = likeness.masked_fill(later, float("-inf"))
+    return likeness.softmax(-1) @ value
+
+
+def scaled_dot_products(query: Tensor, key: Tensor) -> Tensor:
+    """Return the scaled dot products (…, T, S) of queries (…, T, E) and keys (…, S, E)."""
+    return query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
 
 
 class Dropout(nn.Module):

@@ -4,6 +4,7 @@ B images · S image positions · C backbone channels · D model width · T words
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import files
 from dataset import Vocabulary
 from decoder import DecoderConfig, Taught, build_decoder
-from decoding import Ensemble
+from decoding import START, Ensemble
 from encoder import TRANSFORM, Encoder, backbone, fingerprint
 
 FORMAT = "image-captioning 2"
@@ -54,6 +55,23 @@ class CaptionModel(nn.Module):
     def forward(self, inputs: Tensor, tokens: Tensor, owner: Tensor) -> Taught:
         """Return logits (M, T-1, V) of `tokens` (M, T), caption m being of image `owner[m]`."""
         return self.decoder(self.remember(inputs), tokens, owner)
+
+    @torch.no_grad()
+    def look(self, memory: Tensor, tokens: Tensor) -> Tensor | None:
+        """Return where each word of captions looked, (B, n, T, rows, columns), or None.
+
+        `tokens` (B, n, T) are captions as decoding returns them of images with `memory` (B, S, D).
+        Each word's attention sums to 1 over the image. None: the decoder has no attention, or the
+        CNN's positions are not a square.
+        """
+        batch, count, length = tokens.shape
+        side = math.isqrt(self.decoder.positions)
+        rows = torch.nn.functional.pad(tokens.flatten(0, 1), (1, 0), value=START)
+        owner = torch.arange(batch, device=tokens.device).repeat_interleave(count)
+        where = self.decoder(memory, rows, owner, attention=True).attention
+        if where is None or side < 2 or side**2 != self.decoder.positions:
+            return None
+        return where.view(batch, count, length, side, side)
 
     def learned(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what training changes of the state dict: all but the encoder's frozen part."""
@@ -169,6 +187,9 @@ class ModelEnsemble(nn.Module):
         ]
         pairs = zip(self.models, self.seen_by, strict=True)
         return tuple(model.remember(features[view]) for model, view in pairs)
+
+    def look(self, memory: tuple[Tensor, ...], tokens: Tensor) -> None:
+        """Return None: what several models looked at is not one thing."""
 
 
 def load_models(

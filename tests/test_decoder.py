@@ -378,3 +378,29 @@ def test_gradients_are_the_same_each_time_on_several_threads(kind):
         torch.set_num_threads(threads)
     for again in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], again, strict=True))
+
+
+# ---- where words look -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["transformer", "attention-lstm"])
+@torch.no_grad()
+def test_attention_is_shared_out_over_the_image_and_changes_nothing(kind):
+    decoder, tokens = build(kind), captions(LENGTHS)
+    memory = decoder.remember(features(IMAGES))
+    told = decoder(memory, tokens, OWNER, attention=True)
+    torch.testing.assert_close(told.logits, decoder(memory, tokens, OWNER).logits)
+    real = (tokens[:, 1:] != PAD).float()
+    torch.testing.assert_close(told.attention.sum(-1), real)
+    assert told.attention.shape == (len(LENGTHS), tokens.shape[1] - 1, POSITIONS)
+
+
+@pytest.mark.parametrize("kind", ["transformer", "attention-lstm"])
+@torch.no_grad()
+def test_attention_goes_where_the_picture_goes(kind):
+    decoder, tokens = build(kind), captions(LENGTHS)
+    memory, order = decoder.remember(features(IMAGES)), torch.tensor([3, 1, 5, 0, 2, 4])
+    before = decoder(memory, tokens, OWNER, attention=True).attention
+    after = decoder(memory[:, order], tokens, OWNER, attention=True).attention
+    torch.testing.assert_close(after, before[..., order], **CLOSE)
+    assert (before.amax(-1) - before.amin(-1))[tokens[:, 1:] != PAD].min() > 1e-3

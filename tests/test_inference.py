@@ -179,6 +179,21 @@ def test_max_words_bounds_a_caption(captioner):
         assert len(captioner.caption(picture(5), max_words=words).split()) <= words
 
 
+def test_an_explained_caption_is_the_caption_with_a_map_for_each_word(captioner):
+    for best, explained in zip(
+        captioner.candidates(picture(3), n=4), captioner.explain(picture(3), n=4), strict=True
+    ):
+        assert (explained.text, explained.log_prob) == best
+        assert explained.words == best.text.split()
+        assert explained.attention.shape == (len(explained.words), 4, 4)
+        np.testing.assert_allclose(explained.attention.sum((1, 2)), 1, rtol=1e-5)
+
+
+def test_a_model_that_sees_the_whole_picture_at_once_has_no_map():
+    captioner = Captioner(tiny_model(decoder="lstm"))
+    assert [each.attention for each in captioner.explain(picture(3), n=2)] == [None, None]
+
+
 def test_the_settings_of_a_captioner_hold_until_a_call_says_otherwise(run):
     greedy = Captioner.load(run, "cpu", method="greedy", max_words=2)
     plain = Captioner.load(run, "cpu")
