@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import files
 from dataset import Batch, mix
-from decoding import START, sample
+from decoding import START, bounded, sample
 from encoder import fingerprint, multiplies_bfloat16
 from layers import Dropout
 from losses import Loss, cross_entropy, self_critical, unlooked
@@ -228,6 +228,7 @@ class Trainer:
         owner = torch.arange(len(drawn), device=self.device).repeat_interleave(count)
         with self.mixed():
             logits = self.model(inputs, tokens, owner).logits
+        logits = bounded(logits, self.model.config.seq_len)
         advantage = (rewards - baseline).flatten().to(self.device)
         loss = self_critical(logits, tokens, advantage)
         self.rewarded += float(rewards.sum())

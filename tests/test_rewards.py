@@ -14,7 +14,7 @@ from tiny import SMALL, WORDS, assert_same_run, losses, run_code, tiny_model
 import train
 from dataset import Batch, Vocabulary
 from decoder import DecoderConfig
-from decoding import END, PAD, sample
+from decoding import END, NEVER, PAD, sample
 from encoder import Encoder
 from model import CaptionModel, read_checkpoint
 from records import Record
@@ -141,6 +141,20 @@ def test_drawn_captions_are_read_again_with_the_probability_they_were_drawn_with
     found = told.masked_fill(rows[:, 1:] == PAD, 0).sum(-1)
     torch.testing.assert_close(found, spoken.log_prob.flatten(), atol=1e-4, rtol=1e-4)
     assert (spoken.tokens == END).sum() == 8
+
+
+def test_words_that_are_never_drawn_gain_nothing():
+    trainer, batch = trainer_of_two(scst_lr=3e-3, ema=0.0)
+    trainer.begin(critical=True)
+    model, unlikely = trainer.model, []
+    rows = torch.tensor([[1, 4, 5, 6], [1, 7, 8, 9]])
+    for _ in range(2):
+        with torch.no_grad():
+            probability = model(batch.inputs, rows, torch.arange(2)).logits.softmax(-1)
+        unlikely.append(float(probability[..., NEVER].mean()))
+        for _ in range(40):
+            trainer.step(batch)
+    assert unlikely[1] < 1.5 * unlikely[0]
 
 
 def test_dropout_is_off_and_all_else_as_in_training():
