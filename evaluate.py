@@ -19,7 +19,8 @@ from tqdm import tqdm
 import files
 import metrics
 from features import encode_images
-from inference import Captioner, DecodingConfig, decode, named, spoken
+from generation import DecodingConfig, decode, spoken
+from inference import Captioner, named
 from layouts import DATASETS, load_split
 from model import CaptionModel, ModelEnsemble
 from records import SPLITS, Record, leave_out

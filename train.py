@@ -24,8 +24,8 @@ from dataset import CaptionDataset, DataConfig, Vocabulary, get_loader
 from encoder import Encoder, backbone, build_encoder, image_transform
 from evaluate import caption_split, print_scores, score_captions, split_features
 from features import FeatureCache, cached_features
+from generation import DecodingConfig, pick_device
 from images import read_image
-from inference import DecodingConfig, pick_device
 from layouts import load_split
 from losses import cross_entropy
 from metrics import faults
