@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import files
+import plots
 from decoding import Decoded
 from encoder import image_transform
 from generation import DecodingConfig, decode, pick_device, spoken
@@ -237,6 +238,8 @@ class Config:
     """Also write the caption of photo.jpg to photo.txt beside it."""
     annotate: Path | None = None
     """Also write each picture with its caption under it, into this folder."""
+    attention: Path | None = None
+    """Also write a page (.png) of the one picture named, lit for each word where it looked."""
     json: Path | None = None
     """Also write the captions to this JSON file."""
     batch_size: int = 16
@@ -253,8 +256,10 @@ def main(argv: list[str] | None = None) -> None:
 
     flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
     config = files.parse(flags, argv, program="inference.py", description="Caption pictures.")
-    files.check_writable(config.json, config.output)
+    files.check_writable(config.json, config.output, config.attention)
     photos = find_photos(config.photos, config.annotate, recursive=config.recursive)
+    if config.attention and len(photos) != 1:
+        raise ValueError(f"--attention is of one picture, but {len(photos)} were named")
     copies = {}
     if config.annotate:
         copies = annotated_places(config.annotate, config.photos, photos)
@@ -271,6 +276,8 @@ def main(argv: list[str] | None = None) -> None:
             named(config.checkpoint, config.ensemble), config.device, **asdict(config.decoding)
         )
         failed = caption_files(captioner, photos, config, out, copies, texts)
+    if config.attention and not failed:
+        write_attention(captioner, config.photos[0], config.attention)
     if failed and len(photos) == 1 and not form:
         raise failed[0]
     if failed:
@@ -332,6 +339,17 @@ def caption_files(
     if config.json and rows:
         files.write_json(config.json, rows)
     return failed
+
+
+def write_attention(captioner: Captioner, photo: Path, path: Path) -> None:
+    """Write the page of what each word of a picture's caption looked at."""
+    (explained,) = captioner.explain(photo)
+    if explained.attention is None:
+        raise ValueError(
+            "this model looks at the whole picture at once, so there is no attention to show; use "
+            "a single model with the transformer or attention-lstm decoder"
+        )
+    plots.attention_page(path, read_image(photo), explained.words, explained.attention)
 
 
 def named(checkpoint: Path | None, ensemble: Sequence[Path]) -> tuple[Path, ...] | None:

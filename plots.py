@@ -11,6 +11,7 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from files import replacing
@@ -141,6 +142,48 @@ def caption_page(
     page = stacked([heading, *map(side_by_side, rows), Image.new("RGB", (PAGE_WIDTH, GAP), PAPER)])
     with replacing(path) as temporary:
         page.save(temporary, format="PNG")
+
+
+def attention_page(
+    path: str | Path, image: Image.Image, words: list[str], attention: np.ndarray
+) -> None:
+    """Write a PNG page of a picture once for each word, lit where the word looked.
+
+    `attention` (words, rows, columns), of any scale: each word's largest is lit, its least is dark.
+    """
+    image = image.convert("RGB")
+    size = fitted(image.size)
+    whole = stacked([image.resize(size, Image.Resampling.BICUBIC), space(size[0], " ".join(words))])
+    cells = [whole] + [
+        stacked([lit(image, look).resize(size, Image.Resampling.BICUBIC), space(size[0], word)])
+        for word, look in zip(words, attention, strict=True)
+    ]
+    rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
+    page = stacked([*map(side_by_side, rows), Image.new("RGB", (PAGE_WIDTH, GAP), PAPER)])
+    with replacing(path) as temporary:
+        page.save(temporary, format="PNG")
+
+
+def fitted(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of a picture in a page's column, at most twice as high as it is wide."""
+    width = (PAGE_WIDTH - GAP * (COLUMNS + 1)) // COLUMNS
+    return width, min(2 * width, max(1, round(width * size[1] / size[0])))
+
+
+def space(width: int, text: str) -> Image.Image:
+    """Return a word or a caption to stand below a picture."""
+    return text_strip(text, width, 20, INK)
+
+
+def lit(image: Image.Image, look: np.ndarray) -> Image.Image:
+    """Return the picture, dark but for where `look` (rows, columns) is large."""
+    look = np.asarray(look, np.float32) - np.min(look)
+    look = look / max(float(look.max()), 1e-12)
+    mask = Image.fromarray((255 * look).astype(np.uint8)).resize(
+        image.size, Image.Resampling.BICUBIC
+    )
+    dark = Image.blend(image, Image.new("RGB", image.size), 0.75)
+    return Image.composite(image, dark, mask)
 
 
 def captioned_cell(image: Image.Image, caption: str, references: list[str]) -> Image.Image:

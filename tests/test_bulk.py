@@ -8,7 +8,8 @@ import re
 import time
 
 import pytest
-from tiny import picture, run_script
+from PIL import Image
+from tiny import picture, run_script, tiny_model
 
 import inference
 from inference import Captioner, read_ahead
@@ -199,3 +200,24 @@ def test_a_form_that_no_name_tells_is_asked_for(photos, script, tmp_path):
     assert code == 2 and "--format {csv,jsonl,html}" in err
     assert script(photos / "01.png", "--output", tmp_path / "c.txt", "--format", "csv")[0] == 0
     assert table(tmp_path / "c.txt")[0]["image"] == str(photos / "01.png")
+
+
+# --- what a word looked at
+
+
+def test_a_page_shows_where_each_word_looked(photos, script, tmp_path):
+    page = tmp_path / "new/attention.png"
+    code, said, _ = script(photos / "01.png", "--attention", page)
+    assert code == 0 and said.count("\n") == 1
+    assert Image.open(page).width == 1600
+
+
+def test_attention_is_of_one_picture_and_of_a_model_that_has_it(photos, script, tmp_path, capsys):
+    code, _, err = script(photos, "--attention", tmp_path / "a.png")
+    assert code == 2 and "--attention is of one picture, but 12 were named" in err
+    tiny_model(decoder="lstm").save(tmp_path / "lstm.safetensors")
+    code, _, err = run_script(
+        inference, photos / "01.png", "--checkpoint", tmp_path / "lstm.safetensors",
+        "--attention", tmp_path / "a.png", capsys=capsys,
+    )  # fmt: skip
+    assert code == 2 and "no attention to show" in err and not (tmp_path / "a.png").exists()

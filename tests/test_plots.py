@@ -321,3 +321,25 @@ def test_a_failing_write_leaves_the_old_picture(writer, monkeypatch, tmp_path):
         getattr(plots, writer)(path, [])
     assert path.read_bytes() == b"the old picture"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_word_lights_what_it_looked_at():
+    white = Image.new("RGB", (90, 60), "white")
+    look = np.zeros((2, 3))
+    look[0, 2] = 0.4
+    pixels = np.asarray(plots.lit(white, look))[..., 0]
+    assert pixels[5, 85] > 250 and pixels[50, 5] < 80
+    even = np.asarray(plots.lit(white, np.full((2, 3), 0.2)))
+    assert even.max() - even.min() <= 1
+
+
+@pytest.mark.parametrize("size", [(400, 300), (30, 900), (900, 30)])
+def test_an_attention_page_has_a_picture_a_word(size, tmp_path):
+    words = ["a", "very", "long", "caption", "of", "exactly", "nine", "words", "here"]
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    plots.attention_page(tmp_path / "page.png", image, words, rng.random((9, 7, 7)))
+    page = np.asarray(Image.open(tmp_path / "page.png"))
+    assert page.shape[1] == 1600 and page.shape[0] > 100
+    with pytest.raises(ValueError):
+        plots.attention_page(tmp_path / "page.png", image, words, rng.random((8, 7, 7)))
