@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 TIERS = (
     ("files", "decoding", "tokenizer", "images", "metrics", "plots", "shapes"),
     ("download_data", "encoder", "layers", "decoder", "tables", "records", "layouts", "dataset",
-     "photos", "results"),
+     "photos", "results", "report"),
     ("model", "features"),
     ("losses", "rewards", "generation", "inference"),
     ("evaluate", "export"),
