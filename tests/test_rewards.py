@@ -161,6 +161,18 @@ def test_words_that_are_never_drawn_are_not_taught(monkeypatch):
     assert logits.grad[:, 1:, END].any()
 
 
+def test_the_stage_averages_all_its_weights_alike():
+    trainer, batch = trainer_of_two(scst_lr=3e-3)
+    trainer.step(batch)
+    trainer.begin(critical=True)
+    name = "decoder.embedding.weight"
+    seen = [trainer.model.state_dict()[name].clone()]
+    for _ in range(4):
+        trainer.step(batch)
+        seen.append(trainer.model.state_dict()[name].clone())
+    torch.testing.assert_close(trainer.average[name], torch.stack(seen).mean(0))
+
+
 def test_dropout_is_off_and_all_else_as_in_training():
     model = tiny_model(decoder="lstm")
     without_dropout(model)
