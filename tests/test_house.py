@@ -16,7 +16,7 @@ TIERS = (
      "photos", "results", "report"),
     ("model", "features"),
     ("losses", "rewards", "generation", "inference"),
-    ("evaluate", "export"),
+    ("evaluate", "export", "hubconf"),
     ("trainer", "presets", "settings", "train"),
 )  # fmt: skip
 ORDER = [module for tier in TIERS for module in tier]
@@ -119,8 +119,21 @@ def test_the_readmes_commands_parse(command, monkeypatch):
         script.main(command[1:])
 
 
+def libraries_in(name: str) -> set[str]:
+    """Return the names in a requirements file, without versions."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return {re.split(r"[<>=]", line)[0].strip().lower() for line in lines if line[:1].isalpha()}
+
+
 def test_the_requirements_are_the_libraries_used():
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
-    asked = {re.split(r"[<>=]", line)[0].lower() for line in lines}
+    asked = libraries_in("requirements.txt")
     used = {name.lower().replace("pil", "pillow") for name in LIBRARIES - {"pycocoevalcap"}}
     assert asked == used
+
+
+def test_conda_users_get_what_pip_users_get():
+    """conda takes Python alone; the rest is requirements.txt itself, so that nothing can differ."""
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert re.findall(r"-r (\S+)", text) == ["requirements.txt"]
+    listed = text.split("dependencies:")[1]
+    assert re.findall(r"^ +- ([a-z]+)", listed, re.MULTILINE) == ["python", "pip", "pip"]
