@@ -14,7 +14,7 @@ TIERS = (
     ("files", "decoding", "tokenizer", "images", "metrics", "plots", "shapes"),
     ("download_data", "encoder", "layers", "decoder", "tables", "records", "layouts", "dataset",
      "photos", "results", "report"),
-    ("model", "features"),
+    ("model", "onnx_model", "features"),
     ("losses", "rewards", "generation", "inference"),
     ("evaluate", "export", "hubconf"),
     ("trainer", "presets", "settings", "train"),
@@ -24,8 +24,9 @@ SCRIPTS = ("download_data", "train", "evaluate", "inference", "export")
 STANDARD = set(sys.stdlib_module_names)
 LIBRARIES = {
     "torch", "torchvision", "PIL", "numpy", "tqdm", "requests", "tyro", "safetensors", "filelock",
-    "matplotlib", "pycocoevalcap",
+    "matplotlib", "pycocoevalcap", "onnx", "onnxscript", "onnxruntime",
 }  # fmt: skip
+OPTIONAL = {"onnx", "onnxscript", "onnxruntime"}  # only for those who ask for ONNX
 
 
 def imported(path: Path) -> set[str]:
@@ -127,8 +128,14 @@ def libraries_in(name: str) -> set[str]:
 
 def test_the_requirements_are_the_libraries_used():
     asked = libraries_in("requirements.txt")
-    used = {name.lower().replace("pil", "pillow") for name in LIBRARIES - {"pycocoevalcap"}}
+    used = {
+        name.lower().replace("pil", "pillow") for name in LIBRARIES - OPTIONAL - {"pycocoevalcap"}
+    }
     assert asked == used
+
+
+def test_the_optional_requirements_are_the_libraries_that_only_onnx_needs():
+    assert libraries_in("requirements-onnx.txt") == OPTIONAL
 
 
 def test_conda_users_get_what_pip_users_get():
