@@ -27,6 +27,7 @@ from encoder import image_transform
 from generation import DecodingConfig, decode, pick_device, spoken
 from images import read_image
 from model import CaptionModel, ModelEnsemble, checkpoint_file, load_models
+from onnx_model import OnnxModel, is_onnx, load_onnx
 from photos import annotated_places, find_photos, sidecar_places, write_annotated
 from results import FORMS, Caption, Result, Results, as_json, open_results, pick_form
 
@@ -49,7 +50,11 @@ class Explained(NamedTuple):
 class Captioner:
     """A model at hand: give it pictures, it gives captions."""
 
-    def __init__(self, model: CaptionModel | ModelEnsemble, decoding: DecodingConfig | None = None):
+    def __init__(
+        self,
+        model: CaptionModel | ModelEnsemble | OnnxModel,
+        decoding: DecodingConfig | None = None,
+    ):
         """`decoding`: how words are chosen unless a call says otherwise."""
         self.model = model.eval()
         self.decoding = decoding or DecodingConfig()
@@ -62,7 +67,7 @@ class Captioner:
         device: torch.device | str = "auto",
         **decoding: Any,
     ) -> "Captioner":
-        """Return the captioner of a checkpoint: a model file, or the folder of a run.
+        """Return the captioner of a checkpoint: a model file (.onnx too), or the folder of a run.
 
         Several checkpoints are an ensemble. `decoding` are fields of `DecodingConfig`. With no
         checkpoint the shipped model is used; raises FileNotFoundError where there is none.
@@ -76,7 +81,10 @@ class Captioner:
                 )
             print(f"using the shipped model {SHIPPED}", file=sys.stderr)
         paths = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
-        model = load_models(paths, pick_device(device))
+        if any(map(is_onnx, paths)):
+            model = load_onnx(paths, device)
+        else:
+            model = load_models(paths, pick_device(device))
         return cls(model, DecodingConfig(**decoding))
 
     def caption(self, image: Any, *, n: int = 1, **decoding: Any) -> str | list[str]:

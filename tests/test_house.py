@@ -14,9 +14,9 @@ TIERS = (
     ("files", "decoding", "tokenizer", "images", "metrics", "plots", "shapes"),
     ("download_data", "encoder", "layers", "decoder", "tables", "records", "layouts", "dataset",
      "photos", "results", "report"),
-    ("model", "features"),
+    ("model", "onnx_model", "features"),
     ("losses", "rewards", "generation", "inference"),
-    ("evaluate", "export"),
+    ("evaluate", "export", "hubconf"),
     ("trainer", "presets", "settings", "train"),
 )  # fmt: skip
 ORDER = [module for tier in TIERS for module in tier]
@@ -24,8 +24,9 @@ SCRIPTS = ("download_data", "train", "evaluate", "inference", "export")
 STANDARD = set(sys.stdlib_module_names)
 LIBRARIES = {
     "torch", "torchvision", "PIL", "numpy", "tqdm", "requests", "tyro", "safetensors", "filelock",
-    "matplotlib", "pycocoevalcap",
+    "matplotlib", "pycocoevalcap", "onnx", "onnxscript", "onnxruntime",
 }  # fmt: skip
+OPTIONAL = {"onnx", "onnxscript", "onnxruntime"}  # only for those who ask for ONNX
 
 
 def imported(path: Path) -> set[str]:
@@ -119,8 +120,27 @@ def test_the_readmes_commands_parse(command, monkeypatch):
         script.main(command[1:])
 
 
+def libraries_in(name: str) -> set[str]:
+    """Return the names in a requirements file, without versions."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return {re.split(r"[<>=]", line)[0].strip().lower() for line in lines if line[:1].isalpha()}
+
+
 def test_the_requirements_are_the_libraries_used():
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
-    asked = {re.split(r"[<>=]", line)[0].lower() for line in lines}
-    used = {name.lower().replace("pil", "pillow") for name in LIBRARIES - {"pycocoevalcap"}}
+    asked = libraries_in("requirements.txt")
+    used = {
+        name.lower().replace("pil", "pillow") for name in LIBRARIES - OPTIONAL - {"pycocoevalcap"}
+    }
     assert asked == used
+
+
+def test_the_optional_requirements_are_the_libraries_that_only_onnx_needs():
+    assert libraries_in("requirements-onnx.txt") == OPTIONAL
+
+
+def test_conda_users_get_what_pip_users_get():
+    """conda takes Python alone; the rest is requirements.txt itself, so that nothing can differ."""
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert re.findall(r"-r (\S+)", text) == ["requirements.txt"]
+    listed = text.split("dependencies:")[1]
+    assert re.findall(r"^ +- ([a-z]+)", listed, re.MULTILINE) == ["python", "pip", "pip"]
