@@ -240,7 +240,9 @@ class CaptionDataset(Dataset):
 
 def mix(*parts: int | str) -> int:
     """Return a seed that depends on all of `parts` and looks like no other."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    # JSON and the names of files may hold lone surrogates, which are no text.
+    text = "/".join(map(str, parts)).encode("utf-8", "surrogatepass")
+    digest = hashlib.sha256(text).digest()
     return int.from_bytes(digest[:7], "big")
 
 

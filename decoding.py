@@ -180,7 +180,8 @@ def draw_words(probability: Tensor, generator: torch.Generator | None = None) ->
     # The first word that goes beyond: an impossible one adds nothing, and so is never it. Rounding
     # must not bring the largest chance to the sum of all.
     place = chance * (1 - 2**-22) * reached[..., -1:]
-    return torch.searchsorted(reached, place, right=True)
+    # Where a broken model's probabilities are NaN, a word all the same: `log_prob` will tell.
+    return torch.searchsorted(reached, place, right=True).clamp(max=probability.shape[-1] - 1)
 
 
 def filter_words(logits: Tensor, top_k: int, top_p: float) -> Tensor:

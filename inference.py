@@ -28,6 +28,9 @@ from images import list_images, read_image
 from model import CaptionModel, ModelEnsemble, checkpoint_file, load_models
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
+# What bounds the memory of a batch, whatever is asked for: beams of one image, beams of all images,
+# pixels of all images as the CNN sees them.
+MOST_BEAMS, MOST_ROWS, MOST_PIXELS = 1000, 4096, 2**23
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class DecodingConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name.replace('_', ' ')} {value} must be at least {low}")
+        if self.beam_size > MOST_BEAMS:
+            raise ValueError(f"beam size {self.beam_size} must be at most {MOST_BEAMS:,}")
 
 
 class Caption(NamedTuple):
@@ -123,6 +128,8 @@ def decode(
         raise ValueError(f"max words {max_words} must be between 1 and the model's {longest}")
     if n < 1:
         raise ValueError(f"n {n} must be at least 1: the number of captions an image")
+    if n > MOST_BEAMS:
+        raise ValueError(f"n {n} must be at most {MOST_BEAMS:,}")
     limits = {"max_words": max_words, "no_repeat_ngram": config.no_repeat_ngram}
     if config.method == "beam":
         width = max(config.beam_size, n)
@@ -171,7 +178,15 @@ def together(parts: Sequence[Decoded]) -> Decoded:
 
 
 def spoken(model: CaptionModel | ModelEnsemble, decoded: Decoded) -> list[list[Caption]]:
-    """Return the captions of each image as text; fewer than n where no more are possible."""
+    """Return the captions of each image as text; fewer than n where no more are possible.
+
+    Raises ValueError where the model gave no probability (NaN).
+    """
+    if decoded.log_prob.isnan().any():
+        raise ValueError(
+            "the model's probabilities are NaN: its weights are damaged, or too large for these "
+            "pictures"
+        )
     return [
         [
             Caption(model.vocabulary.decode(tokens), log_prob)
@@ -231,17 +246,24 @@ class Captioner:
     ) -> Iterator[list[Caption]]:
         """Yield the `n` best captions of each picture, in order, reading as it goes.
 
-        Raises ValueError or OSError at a picture that can't be read.
+        Of no picture more is kept than the CNN sees, and a batch is made smaller where the CNN's
+        pictures or the beams are many: that changes no caption. Raises ValueError or OSError at a
+        picture that can't be read.
         """
         if batch_size < 1:
             raise ValueError(f"batch size {batch_size} must be at least 1")
+        config = replace(self.decoding, **decoding)
+        beams = max(n, config.beam_size if config.method == "beam" else 1)
+        pixels = sum(size**2 for _, size in self.model.views)
+        batch_size = min(batch_size, max(1, min(MOST_PIXELS // pixels, MOST_ROWS // beams)))
         images = iter(images)
-        while batch := [read_image(image) for image in islice(images, batch_size)]:
-            yield from spoken(self.model, self._decoded(batch, n, decoding)[1])
+        while batch := [self._seen(image) for image in islice(images, batch_size)]:
+            yield from spoken(self.model, self._decoded(batch, n, config)[1])
 
     def explain(self, image: Any, *, n: int = 1, **decoding: Any) -> list[Explained]:
         """Return the `n` best captions of a picture, and where in it each word looked."""
-        memory, decoded = self._decoded([read_image(image)], n, decoding)
+        config = replace(self.decoding, **decoding)
+        memory, decoded = self._decoded([self._seen(image)], n, config)
         captions = spoken(self.model, decoded)[0]
         looks = self.model.look(memory, decoded.tokens)
         explained = []
@@ -251,17 +273,22 @@ class Captioner:
             explained.append(Explained(*caption, words, where))
         return explained
 
+    def _seen(self, image: Any) -> list[Tensor]:
+        """Return a picture as each CNN sees it."""
+        picture = read_image(image)
+        return [see(picture) for see in self.transforms]
+
     @torch.inference_mode()
     def _decoded(
-        self, batch: Sequence[Image.Image], n: int, decoding: dict[str, Any]
+        self, batch: Sequence[Sequence[Tensor]], n: int, config: DecodingConfig
     ) -> tuple[Any, Decoded]:
         """Return the memory of pictures, and `n` captions of each as tokens."""
         device = next(self.model.parameters()).device
-        views = [torch.stack([see(image) for image in batch]) for see in self.transforms]
+        views = [torch.stack(seen) for seen in zip(*batch, strict=True)]
         # Sampling goes by the pixels: a picture has its words alone as in any list.
         keys = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
         memory = self.model.remember(*(pixels.to(device) for pixels in views))
-        return memory, decode(self.model, memory, replace(self.decoding, **decoding), n, keys)
+        return memory, decode(self.model, memory, config, n, keys)
 
 
 @functools.lru_cache(maxsize=2)
@@ -321,7 +348,7 @@ class Config:
     annotate: Path | None = None
     """Also write each picture with its caption under it, into this folder."""
     json: Path | None = None
-    """Also write the captions to this JSON file."""
+    """Also write the captions, and why a picture has none, to this JSON file."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
@@ -341,7 +368,12 @@ def main(argv: list[str] | None = None) -> None:
     many = len(photos) > 1 or config.photos[0].is_dir()
     rows: list[dict[str, Any]] = []
     errors: list[Exception] = []
-    for photo, captions in caption_files(captioner, photos, config.n, errors):
+    for photo, captions in caption_files(captioner, photos, config.n):
+        if isinstance(captions, Exception):
+            errors.append(captions)
+            reason = " ".join(files.explain(captions).split())
+            rows.append({"image": str(photo), "captions": [], "error": reason})
+            continue
         for each in captions:
             print(f"{photo}\t{each.text}" if many else each.text, flush=True)
         if config.annotate:
@@ -349,38 +381,42 @@ def main(argv: list[str] | None = None) -> None:
                 write_annotated(pictures[photo], photo, captions[0].text)
             except (ValueError, OSError) as error:
                 errors.append(ValueError(f"{pictures[photo]} can't be written ({error})"))
-        rows.append({"image": str(photo), "captions": [each._asdict() for each in captions]})
-    if config.json and rows:
+        found = [each._asdict() for each in captions]
+        rows.append({"image": str(photo), "captions": found, "error": None})
+    if config.json and (len(photos) > 1 or rows[0]["captions"]):
         files.write_json(config.json, rows)
     if errors and len(photos) == 1:
         raise errors[0]
     for error in errors:
-        print(f"left out: {files.explain(error)}", file=sys.stderr)
+        print(f"left out: {' '.join(files.explain(error).split())}", file=sys.stderr)
     if errors:
         raise ValueError(f"{len(errors)} of {len(photos)} pictures could not be captioned")
 
 
 def caption_files(
-    captioner: Captioner, photos: Iterable[Path], n: int, errors: list[Exception]
-) -> Iterator[tuple[Path, list[Caption]]]:
-    """Yield each picture with its captions; for one that can't be read, `errors` gets the reason.
+    captioner: Captioner, photos: Iterable[Path], n: int
+) -> Iterator[tuple[Path, list[Caption] | Exception]]:
+    """Yield each picture in order with its captions, or with the reason why it can't be read.
 
     Only reading is forgiven: settings that are wrong for one picture are wrong for all.
     """
-    waiting: deque[Path] = deque()
+    waiting: deque[tuple[Path, Exception | None]] = deque()
 
     def read() -> Iterator[Any]:
         for photo in photos:
             try:
                 image = read_image(photo)
             except (ValueError, OSError) as error:
-                errors.append(error)
+                waiting.append((photo, error))
             else:
-                waiting.append(photo)
+                waiting.append((photo, None))
                 yield image
 
     for captions in captioner.caption_many(read(), n=n):
-        yield waiting.popleft(), captions
+        while waiting[0][1]:
+            yield waiting.popleft()
+        yield waiting.popleft()[0], captions
+    yield from waiting
 
 
 def named(checkpoint: Path | None, ensemble: Sequence[Path]) -> tuple[Path, ...] | None:
