@@ -371,7 +371,7 @@ def main(argv: list[str] | None = None) -> None:
     for photo, captions in caption_files(captioner, photos, config.n):
         if isinstance(captions, Exception):
             errors.append(captions)
-            reason = " ".join(files.explain(captions).split())
+            reason = files.one_line(files.explain(captions))
             rows.append({"image": str(photo), "captions": [], "error": reason})
             continue
         for each in captions:
@@ -388,7 +388,7 @@ def main(argv: list[str] | None = None) -> None:
     if errors and len(photos) == 1:
         raise errors[0]
     for error in errors:
-        print(f"left out: {' '.join(files.explain(error).split())}", file=sys.stderr)
+        print(f"left out: {files.one_line(files.explain(error))}", file=sys.stderr)
     if errors:
         raise ValueError(f"{len(errors)} of {len(photos)} pictures could not be captioned")
 
