@@ -175,7 +175,10 @@ class Vocabulary:
         known = value.get("words") if isinstance(value, dict) else None
         if not isinstance(known, list) or not all(isinstance(word, str) for word in known):
             raise ValueError(f'{path} is not a vocabulary: expected {{"words": ["a", …]}}')
-        return cls(known)
+        try:
+            return cls(known)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 # ---- batches ---------------------------------------------------------------------------------

@@ -201,7 +201,7 @@ def fail(message: str) -> int:
 
 
 def one_line(message: str) -> str:
-    """Return the message in one line, and nothing that a terminal would obey: names are anybody's."""
+    """Return the message in one line, without control characters: names may be anybody's."""
     text = " ".join(str(message).split())
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 

@@ -76,7 +76,9 @@ def read_image(source: Any, at_least: int | None = None) -> Image.Image:
         return read_picture(source, getattr(source, "filename", "") or "the image given")
     if hasattr(source, "read"):
         return read_stream(seekable(source), stream_name(source), at_least)
-    return flat(from_array(source))
+    picture = from_array(source)
+    check_header(picture)
+    return flat(picture)
 
 
 def list_images(folder: str | Path) -> list[Path]:

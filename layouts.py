@@ -128,7 +128,7 @@ def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> list[Recor
         if part in wanted:
             captions.setdefault(name, []).extend(lines)
     if not captions:
-        raise missing_split(path, split, sorted(set(parts.values())))
+        raise missing_split(path, split, [part[:20] for part in sorted(set(parts.values()))[:9]])
     return make_records(list(captions), captions, folders, path.parent, split)
 
 

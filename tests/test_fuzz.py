@@ -267,7 +267,7 @@ def test_a_damaged_picture_has_a_caption_or_a_reason(count, run, tmp_path):
 @pytest.mark.parametrize("count", [600, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_damaged_annotations_are_read_or_refused(count, tmp_path):
     read = 0
-    for number in range(8):
+    for number in range(9):
         photo().save(tmp_path / f"{number}.jpg")
     for number in range(count):
         name, content = damaged("annotation", number)
