@@ -38,6 +38,9 @@ __all__ = [
     "load_split",
 ]
 
+# Captions of one image in a batch: one with thousands would not fit into memory.
+MOST_CAPTIONS = 50
+
 SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand(?:ed)?|side)?\b", re.IGNORECASE)
 
 
@@ -205,7 +208,8 @@ class CaptionDataset(Dataset):
     The input comes from `features` (anything with `get(image_id, view)`) where given, one of its
     `views` drawn anew each epoch, else from the image file through `transform`. With `flip`, half
     of the images, drawn anew each epoch, are mirrored. None is whose captions speak of left or
-    right (views of odd number are mirrored ones). Without `vocabulary` there are no tokens.
+    right (views of odd number are mirrored ones). Without `vocabulary` there are no tokens. Of an image
+    with more than `MOST_CAPTIONS` captions so many are tokens, others each epoch.
     """
 
     records: Sequence[Record]
@@ -225,8 +229,14 @@ class CaptionDataset(Dataset):
         record = self.records[index]
         tokens = []
         if self.vocabulary is not None:
-            tokens = [self.vocabulary.encode(line, self.seq_len) for line in record.captions]
+            tokens = [self.vocabulary.encode(line, self.seq_len) for line in self._said(record)]
         return record.image_id, self._input(record), tokens, list(record.captions)
+
+    def _said(self, record: Record) -> Sequence[str]:
+        if len(record.captions) <= MOST_CAPTIONS:
+            return record.captions
+        order = [(mix(self.seed, self.epoch, line), line) for line in record.captions]
+        return [line for _, line in sorted(order)[:MOST_CAPTIONS]]
 
     def _input(self, record: Record) -> Tensor:
         sided = any(SIDES.search(line) for line in record.captions)
