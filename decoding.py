@@ -218,11 +218,12 @@ def _roll(
     state = decoder.start(memory)
     images, device = _size(state)
     results = torch.full((images, n, max_words + 1), PAD, device=device)
-    log_prob = torch.zeros(images, n, device=device)
+    log_prob = torch.full((images, n), math.nan, device=device)  # stays so where none can end
     alive = torch.arange(images, device=device)  # which image each row of the batch is
     token = torch.full((images, 1), START, device=device)
     said = token[..., None][..., :0].expand(-1, n, -1)  # (B, K, 0)
-    total, ended = log_prob, torch.zeros(images, n, dtype=torch.bool, device=device)
+    total = torch.zeros(images, n, device=device)
+    ended = torch.zeros(images, n, dtype=torch.bool, device=device)
     for position in range(max_words + 1):
         log_probs, state = decoder.step(token, state)
         if position == 0 and n > 1:

@@ -158,7 +158,7 @@ def test_more_words_or_other_shapes_than_the_file_holds_are_refused(whole, tmp_p
     path = tmp_path / "best.safetensors"
     many = [f"w{number}" for number in range(300_000)]
     for change, said in [
-        ({"vocabulary": many}, r"has shape \(12, 16\), expected \(300004, 16\)"),
+        ({"vocabulary": many}, r"has shape \(12.*expected \(300004"),
         ({"sizes": {"d_model": 16384}}, r"expected \(.*16384"),
         ({"sizes": {"fc_dim": 65536}}, r"expected \(.*65536"),
         ({"sizes": {"n_decode": 128}}, "lacks decoder.* more"),
