@@ -208,8 +208,8 @@ class CaptionDataset(Dataset):
     The input comes from `features` (anything with `get(image_id, view)`) where given, one of its
     `views` drawn anew each epoch, else from the image file through `transform`. With `flip`, half
     of the images, drawn anew each epoch, are mirrored. None is whose captions speak of left or
-    right (views of odd number are mirrored ones). Without `vocabulary` there are no tokens. An image
-    with more than `MOST_CAPTIONS` captions has so many of them as tokens, others each epoch.
+    right (views of odd number are mirrored ones). Without `vocabulary` there are no tokens. An
+    image with more than `MOST_CAPTIONS` captions has so many of them as tokens, others each epoch.
     """
 
     records: Sequence[Record]

@@ -20,12 +20,11 @@ LINES = ("a red circle", "a blue square on a dog", "café", "zebra a a a")
 
 
 def test_the_number_of_workers_changes_nothing_of_a_run(drawn, tmp_path):
-    for workers in ("0", "1", "3"):
+    for workers in ("0", "2"):
         argv = [*SMALL, "--data-dir", str(drawn), "--output", str(tmp_path / workers)]
         train.main([*argv, "--workers", workers, "--limit", "8", "--epochs", "1"])
-    for workers in ("1", "3"):
-        assert_same_run(tmp_path / workers, tmp_path / "0")
-        assert losses(tmp_path / workers) == losses(tmp_path / "0")
+    assert_same_run(tmp_path / "2", tmp_path / "0")
+    assert losses(tmp_path / "2") == losses(tmp_path / "0")
 
 
 @pytest.fixture(scope="module")
