@@ -38,6 +38,9 @@ __all__ = [
     "load_split",
 ]
 
+# Captions of one image in a batch: one with thousands would not fit into memory.
+MOST_CAPTIONS = 50
+
 SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand(?:ed)?|side)?\b", re.IGNORECASE)
 
 
@@ -175,7 +178,10 @@ class Vocabulary:
         known = value.get("words") if isinstance(value, dict) else None
         if not isinstance(known, list) or not all(isinstance(word, str) for word in known):
             raise ValueError(f'{path} is not a vocabulary: expected {{"words": ["a", …]}}')
-        return cls(known)
+        try:
+            return cls(known)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 # ---- batches ---------------------------------------------------------------------------------
@@ -202,7 +208,8 @@ class CaptionDataset(Dataset):
     The input comes from `features` (anything with `get(image_id, view)`) where given, one of its
     `views` drawn anew each epoch, else from the image file through `transform`. With `flip`, half
     of the images, drawn anew each epoch, are mirrored. None is whose captions speak of left or
-    right (views of odd number are mirrored ones). Without `vocabulary` there are no tokens.
+    right (views of odd number are mirrored ones). Without `vocabulary` there are no tokens. An
+    image with more than `MOST_CAPTIONS` captions has so many of them as tokens, others each epoch.
     """
 
     records: Sequence[Record]
@@ -222,8 +229,14 @@ class CaptionDataset(Dataset):
         record = self.records[index]
         tokens = []
         if self.vocabulary is not None:
-            tokens = [self.vocabulary.encode(line, self.seq_len) for line in record.captions]
+            tokens = [self.vocabulary.encode(line, self.seq_len) for line in self._said(record)]
         return record.image_id, self._input(record), tokens, list(record.captions)
+
+    def _said(self, record: Record) -> Sequence[str]:
+        if len(record.captions) <= MOST_CAPTIONS:
+            return record.captions
+        order = [(mix(self.seed, self.epoch, line), line) for line in record.captions]
+        return [line for _, line in sorted(order)[:MOST_CAPTIONS]]
 
     def _input(self, record: Record) -> Tensor:
         sided = any(SIDES.search(line) for line in record.captions)
@@ -240,7 +253,9 @@ class CaptionDataset(Dataset):
 
 def mix(*parts: int | str) -> int:
     """Return a seed that depends on all of `parts` and looks like no other."""
-    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    # JSON and the names of files may hold lone surrogates, which are no text.
+    text = "/".join(map(str, parts)).encode("utf-8", "surrogatepass")
+    digest = hashlib.sha256(text).digest()
     return int.from_bytes(digest[:7], "big")
 
 

@@ -19,6 +19,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from decoding import PAD, State
 from layers import Dropout, Layout, attend, join_heads, scaled_dot_products, split_heads, unpacked
 
+# Far above what anybody trains: a file that asks for more is damaged, or means harm.
+LARGEST = {"d_model": 16384, "n_decode": 128, "n_head": 1024, "fc_dim": 65536, "seq_len": 1000}
+
 # The table of decoders, name → constructor, is at the end of this file.
 DecoderName = Literal["transformer", "lstm", "attention-lstm"]
 
@@ -43,9 +46,14 @@ class DecoderConfig:
     """Longest caption in words; longer ones are cut."""
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_decode", "n_head", "fc_dim", "seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be >= 1")
+        for name, largest in LARGEST.items():
+            value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
+            if type(value) is not int:
+                raise ValueError(f"{flag} {value!r} must be a whole number")
+            if value < 1:
+                raise ValueError(f"{flag} {value} must be >= 1")
+            if value > largest:
+                raise ValueError(f"{flag} {value} must be at most {largest:,}")
         if self.d_model % self.n_head:
             raise ValueError(f"--d-model {self.d_model} is not divisible by --n-head {self.n_head}")
         if not 0 <= self.dropout < 1:

@@ -180,7 +180,8 @@ def draw_words(probability: Tensor, generator: torch.Generator | None = None) ->
     # The first word that goes beyond: an impossible one adds nothing, and so is never it. Rounding
     # must not bring the largest chance to the sum of all.
     place = chance * (1 - 2**-22) * reached[..., -1:]
-    return torch.searchsorted(reached, place, right=True)
+    # Where a broken model's probabilities are NaN, a word all the same: `log_prob` will tell.
+    return torch.searchsorted(reached, place, right=True).clamp(max=probability.shape[-1] - 1)
 
 
 def filter_words(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -217,11 +218,12 @@ def _roll(
     state = decoder.start(memory)
     images, device = _size(state)
     results = torch.full((images, n, max_words + 1), PAD, device=device)
-    log_prob = torch.zeros(images, n, device=device)
+    log_prob = torch.full((images, n), math.nan, device=device)  # stays so where none can end
     alive = torch.arange(images, device=device)  # which image each row of the batch is
     token = torch.full((images, 1), START, device=device)
     said = token[..., None][..., :0].expand(-1, n, -1)  # (B, K, 0)
-    total, ended = log_prob, torch.zeros(images, n, dtype=torch.bool, device=device)
+    total = torch.zeros(images, n, device=device)
+    ended = torch.zeros(images, n, dtype=torch.bool, device=device)
     for position in range(max_words + 1):
         log_probs, state = decoder.step(token, state)
         if position == 0 and n > 1:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, torchvision's own
 TRANSFORM = "squash-bilinear-imagenet"  # names the evaluation transform in caches and checkpoints
 LEAST_SIZE = 32  # pixels a side: most CNNs halve the picture five times
+MOST_SIZE = 2048  # pixels a side: more would take gigabytes a picture, and no CNN here wants it
 
 IN_CAPTIONER = "encoder.cnn."  # what CaptionModel's state dict calls the CNN
 
@@ -93,11 +94,16 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         least = backbone(self.cnn_backbone).least_size
+        for flag, value in (("--img-size", self.img_size), ("--grid", self.grid)):
+            if value is not None and type(value) is not int:
+                raise ValueError(f"{flag} {value!r} must be a whole number")
         if self.img_size is not None and self.img_size < least:
             raise ValueError(
                 f"--img-size {self.img_size} is too small for {self.cnn_backbone}; use at least "
                 f"{least}"
             )
+        if self.img_size is not None and self.img_size > MOST_SIZE:
+            raise ValueError(f"--img-size {self.img_size} must be at most {MOST_SIZE:,}")
         if self.grid is not None and self.grid < 1:
             raise ValueError(f"--grid {self.grid} must be at least 1")
 

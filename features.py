@@ -61,7 +61,7 @@ class FeatureCache:
                     "wanted; delete it, or use another --cache-dir"
                 )
         try:
-            self.array = np.load(path, mmap_mode="r")
+            self.array = np.lib.format.open_memmap(path, mode="r")  # np.load takes other kinds too
         except ValueError as error:
             raise ValueError(
                 f"the feature cache {path} is damaged ({error}); delete it to have it made anew"

@@ -196,8 +196,14 @@ def unframed(box: str) -> str:
 
 def fail(message: str) -> int:
     """Print one error line to stderr and return exit code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
+
+
+def one_line(message: str) -> str:
+    """Return the message in one line, without control characters: names may be anybody's."""
+    text = " ".join(str(message).split())
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def run(main: Callable[[], Any]) -> None:

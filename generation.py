@@ -16,6 +16,9 @@ from decoding import PAD, Decoded, beam_search, greedy, sample
 from model import CaptionModel, ModelEnsemble
 from results import Caption
 
+# What bounds the memory of a batch, whatever is asked for: beams of one image, beams of all images.
+MOST_BEAMS, MOST_ROWS = 1000, 4096
+
 
 @dataclass(frozen=True)
 class DecodingConfig:
@@ -50,6 +53,8 @@ class DecodingConfig:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise ValueError(f"{name.replace('_', ' ')} {value} must be at least {low}")
+        if self.beam_size > MOST_BEAMS:
+            raise ValueError(f"beam size {self.beam_size} must be at most {MOST_BEAMS:,}")
 
 
 def pick_device(device: torch.device | str) -> torch.device:
@@ -90,6 +95,8 @@ def decode(
         raise ValueError(f"max words {max_words} must be between 1 and the model's {longest}")
     if n < 1:
         raise ValueError(f"n {n} must be at least 1: the number of captions an image")
+    if n > MOST_BEAMS:
+        raise ValueError(f"n {n} must be at most {MOST_BEAMS:,}")
     limits = {"max_words": max_words, "no_repeat_ngram": config.no_repeat_ngram}
     if config.method == "beam":
         width = max(config.beam_size, n)
@@ -138,7 +145,15 @@ def together(parts: Sequence[Decoded]) -> Decoded:
 
 
 def spoken(model: CaptionModel | ModelEnsemble, decoded: Decoded) -> list[list[Caption]]:
-    """Return the captions of each image as text; fewer than n where no more are possible."""
+    """Return the captions of each image as text; fewer than n where no more are possible.
+
+    Raises ValueError where the model gave no probability (NaN).
+    """
+    if decoded.log_prob.isnan().any():
+        raise ValueError(
+            "the model's probabilities are NaN: its weights are damaged, or too large for these "
+            "pictures"
+        )
     return [
         [
             Caption(model.vocabulary.decode(tokens), log_prob)

@@ -1,8 +1,11 @@
 """Any picture anyone hands us → an upright RGB image, or one line that says why not."""
 
+import errno
+import importlib
 import io
 import os
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,11 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 EXTENSIONS = frozenset({
     ".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
-    ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+    ".heic", ".heif", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 })  # fmt: skip
 MAX_PIXELS = 89_478_485  # where Pillow begins to warn of a decompression bomb
+# The brands that HEIC files bear; those of AVIF, of the same family, Pillow reads itself.
+HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 
 # What Pillow's readers raise for damaged files, beside errors of their own.
 UNREADABLE = (
@@ -23,12 +28,16 @@ UNREADABLE = (
     LookupError,
     ArithmeticError,
     AssertionError,
+    AttributeError,
     EOFError,
+    MemoryError,
     RuntimeError,
     struct.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # raised where the caller's filters make warnings errors
 )
+
+PART = 2**20  # numbers converted at a time
 
 # EXIF orientation → what makes the picture upright.
 TURNS = {
@@ -56,8 +65,8 @@ def read_image(source: Any, at_least: int | None = None) -> Image.Image:
     pages the first is read. `at_least` allows a faster, approximate reading of JPEGs larger than
     needed: each side keeps at least twice that many pixels.
 
-    A missing file is a FileNotFoundError; whatever else cannot be read, or has more than
-    `MAX_PIXELS` pixels, is a ValueError that names the source and the reason.
+    HEIC needs the plug-in pillow-heif. A missing file is a FileNotFoundError; whatever else cannot
+    be read, or has more than `MAX_PIXELS` pixels, is a ValueError that names source and reason.
     """
     if isinstance(source, (str, os.PathLike)):
         return read_path(source, at_least)
@@ -67,7 +76,9 @@ def read_image(source: Any, at_least: int | None = None) -> Image.Image:
         return read_picture(source, getattr(source, "filename", "") or "the image given")
     if hasattr(source, "read"):
         return read_stream(seekable(source), stream_name(source), at_least)
-    return flat(from_array(source))
+    picture = from_array(source)
+    check_header(picture)
+    return flat(picture)
 
 
 def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
@@ -101,7 +112,7 @@ def read_path(path: str | os.PathLike, at_least: int | None) -> Image.Image:
 def read_stream(stream: Any, name: str, at_least: int | None) -> Image.Image:
     """Return the picture in a binary file object."""
     try:
-        with Image.open(stream) as picture:
+        with opened(stream) as picture:
             check_header(picture)
             if at_least is not None:
                 picture.draft("RGB", (2 * at_least, 2 * at_least))
@@ -110,9 +121,34 @@ def read_stream(stream: Any, name: str, at_least: int | None) -> Image.Image:
         raise unreadable(name, error, stream) from error
 
 
+def opened(stream: Any) -> Image.Image:
+    """Return the picture that a binary file object holds, not decoded yet."""
+    try:
+        return Image.open(stream)
+    except UnidentifiedImageError:
+        if not is_heic(stream):
+            raise
+    try:
+        importlib.import_module("pillow_heif").register_heif_opener()
+    except ImportError as error:
+        raise ValueError(
+            "HEIC needs the plug-in pillow-heif: pip install pillow-heif, or save it as JPEG"
+        ) from error
+    return Image.open(stream)
+
+
+def is_heic(stream: Any) -> bool:
+    """Whether a file object begins as a HEIC file does."""
+    stream.seek(0)
+    start = stream.read(12)
+    stream.seek(0)
+    return start[4:8] == b"ftyp" and start[8:12] in HEIC
+
+
 def read_picture(picture: Image.Image, name: str) -> Image.Image:
     """Return a PIL image upright and RGB; one that was opened but not decoded may yet fail."""
     try:
+        check_header(picture)
         return upright(picture)
     except UNREADABLE as error:
         raise unreadable(name, error) from error
@@ -128,12 +164,17 @@ def check_header(picture: Image.Image) -> None:
 
 
 def unreadable(name: str, error: BaseException, stream: Any = None) -> Exception:
-    """Return the error to raise in place of one of Pillow's; the system's own stay as they are."""
-    if isinstance(error, OSError) and error.errno is not None:
+    """Return the error to raise in place of one of Pillow's; the system's own keep their kind."""
+    # A damaged file may send Pillow to a place before its start, which the system calls EINVAL.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        if error.filename is None:
+            error.filename = name
         return error
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = "the file is empty" if is_empty(stream) else "no image format that is known"
+    if isinstance(error, MemoryError):
+        reason = "it takes more memory than there is"
     return ValueError(f"{name} is not an image that can be read ({reason})")
 
 
@@ -161,6 +202,7 @@ def stream_name(stream: Any) -> str:
 def upright(picture: Image.Image) -> Image.Image:
     """Return `picture` in RGB, turned as its EXIF block or XMP packet says."""
     picture.load()  # before EXIF: in a PNG it may follow the pixels
+    check_header(picture)  # an icon may hold more than its header says
     turn = TURNS.get(orientation(picture))
     picture = flat(picture)
     if turn is not None:
@@ -191,8 +233,9 @@ def on_white(picture: Image.Image) -> Image.Image:
     if picture.mode == "La":  # premultiplied grey, which Pillow converts only to LA
         picture = picture.convert("LA")
     picture = picture.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    return Image.alpha_composite(white, picture).convert("RGB")
+    white = Image.new("RGB", picture.size, "white")
+    white.paste(picture, mask=picture)
+    return white
 
 
 def from_deep_grey(picture: Image.Image) -> Image.Image:
@@ -203,14 +246,18 @@ def from_deep_grey(picture: Image.Image) -> Image.Image:
     """
     import numpy as np
 
-    values = np.nan_to_num(np.asarray(picture), posinf=0, neginf=0)
+    values = np.array(picture)
     if picture.mode.startswith("I;16"):
         return from_array(values)
-    values = values.astype(np.float64)
-    low, high = min(values.min(), 0), values.max()
+    if picture.mode == "F":
+        np.nan_to_num(values, copy=False, posinf=0, neginf=0)
+    low, high = min(float(values.min()), 0.0), float(values.max())
     whites = (1, 255, 65535) if picture.mode == "F" else (255, 65535)
     white = next((white for white in whites if low == 0 and high <= white), high)
-    return from_array((values - low) / max(white - low, 1e-12))
+    scale = max(white - low, 1e-12)
+    return Image.fromarray(
+        by_parts(lambda part: from_unit((part.astype(np.float64) - low) / scale), values)
+    )
 
 
 def from_array(array: Any) -> Image.Image:
@@ -236,10 +283,27 @@ def to_bytes(array: Any, said: str) -> Any:
     if array.dtype == bool:
         return array * np.uint8(255)
     if array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        return ((array.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        return by_parts(lambda part: (part.astype(np.uint32) + 128) // 257, array)
     if array.dtype.kind != "f":
         raise ValueError(f"{said}; {ARRAYS}")
     low, high = array.min(), array.max()
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # room for rounding; false for NaN too
         raise ValueError(f"{said}: its values reach from {low:.4g} to {high:.4g}; {ARRAYS}")
-    return (array.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return by_parts(from_unit, array)
+
+
+def from_unit(values: Any) -> Any:
+    """Return numbers from 0 to 1 as numbers from 0 to 255, to be cut to whole ones."""
+    return values.clip(0, 1) * 255 + 0.5
+
+
+def by_parts(change: Callable[[Any], Any], array: Any) -> Any:
+    """Return `change(array)` as uint8, worked out in parts: wide numbers are never all there."""
+    import numpy as np
+
+    flat = np.ascontiguousarray(array).reshape(-1)
+    result = np.empty(flat.shape, np.uint8)
+    for start in range(0, len(flat), PART):
+        part = slice(start, start + PART)
+        result[part] = change(flat[part])  # assigning cuts as astype does
+    return result.reshape(array.shape)

@@ -24,7 +24,7 @@ import files
 import plots
 from decoding import Decoded
 from encoder import image_transform
-from generation import DecodingConfig, decode, pick_device, spoken
+from generation import MOST_ROWS, DecodingConfig, decode, pick_device, spoken
 from images import read_image
 from model import CaptionModel, ModelEnsemble, checkpoint_file, load_models
 from onnx_model import OnnxModel, is_onnx, load_onnx
@@ -32,6 +32,7 @@ from photos import annotated_places, find_photos, sidecar_places, write_annotate
 from results import FORMS, Caption, Result, Results, as_json, open_results, pick_form
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
+MOST_PIXELS = 2**23  # of a batch, as the CNN sees it: what bounds its memory
 
 
 class Explained(NamedTuple):
@@ -110,18 +111,24 @@ class Captioner:
     ) -> Iterator[list[Caption]]:
         """Yield the `n` best captions of each picture, in order, reading as it goes.
 
-        `workers` threads read pictures ahead, two batches at most. At a picture that can't be read
-        raises ValueError or OSError; if `forgiving`, yields the error in place of its captions.
+        `workers` threads read pictures ahead, two batches at most; of no picture more is kept than
+        the CNN sees. A batch is made smaller where pictures or beams are large: that changes no
+        caption. At a picture that can't be read raises ValueError or OSError; if `forgiving`,
+        yields the error in place of its captions.
         """
         if batch_size < 1 or workers < 0:
             raise ValueError(
                 f"batch size {batch_size} must be at least 1, workers {workers} at least 0"
             )
+        config = replace(self.decoding, **decoding)
+        beams = max(n, config.beam_size if config.method == "beam" else 1)
+        pixels = sum(size**2 for _, size in self.model.views)
+        batch_size = min(batch_size, max(1, min(MOST_PIXELS // pixels, MOST_ROWS // beams)))
         ahead = 2 * batch_size if workers else 0
         seen = read_ahead(functools.partial(self._see, forgiving=forgiving), images, workers, ahead)
         while batch := list(islice(seen, batch_size)):
             good = [views for views in batch if not isinstance(views, Exception)]
-            captions = iter(spoken(self.model, self._decoded(good, n, decoding)[1]) if good else ())
+            captions = iter(spoken(self.model, self._decoded(good, n, config)[1]) if good else ())
             for views in batch:
                 yield views if isinstance(views, Exception) else next(captions)
 
@@ -137,7 +144,8 @@ class Captioner:
 
     def explain(self, image: Any, *, n: int = 1, **decoding: Any) -> list[Explained]:
         """Return the `n` best captions of a picture, and where in it each word looked."""
-        memory, decoded = self._decoded([self._see(image)], n, decoding)
+        config = replace(self.decoding, **decoding)
+        memory, decoded = self._decoded([self._see(image)], n, config)
         captions = spoken(self.model, decoded)[0]
         looks = self.model.look(memory, decoded.tokens)
         explained = []
@@ -149,10 +157,9 @@ class Captioner:
 
     @torch.inference_mode()
     def _decoded(
-        self, batch: Sequence[list[Tensor]], n: int, decoding: dict[str, Any]
+        self, batch: Sequence[list[Tensor]], n: int, config: DecodingConfig
     ) -> tuple[Any, Decoded]:
         """Return the memory of pictures, and `n` captions of each as tokens."""
-        config = replace(self.decoding, **decoding)
         device = next(self.model.parameters()).device
         views = [torch.stack(view) for view in zip(*batch, strict=True)]
         # Sampling goes by the pixels: a picture has its words alone as in any list.
@@ -249,7 +256,7 @@ class Config:
     attention: Path | None = None
     """Also write a page (.png) of the one picture named, lit for each word where it looked."""
     json: Path | None = None
-    """Also write the captions to this JSON file."""
+    """Also write the captions, and why a picture has none, to this JSON file."""
     batch_size: int = 16
     """Pictures captioned at a time."""
     workers: int = 2
@@ -340,11 +347,11 @@ def caption_files(
         except (ValueError, OSError) as error:
             failed.append(error)
             kept = () if isinstance(captions, Exception) else captions
-            result = Result(str(photo), kept, files.explain(error))
+            result = Result(str(photo), kept, files.one_line(files.explain(error)))
         out.add([result])
-        if config.json and result.captions:
+        if config.json:
             rows.append(as_json(result))
-    if config.json and rows:
+    if config.json and (len(photos) > 1 or any(row["captions"] for row in rows)):
         files.write_json(config.json, rows)
     return failed
 

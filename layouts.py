@@ -4,6 +4,7 @@ Reading a split gives `Record`s, one an image with all its captions. A dataset i
 one row in `DATASETS`.
 """
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from records import (
     split_by_image,
 )
 from tables import read_table, read_text
+
+log = logging.getLogger(__name__)
 
 
 def read_flickr8k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
@@ -88,23 +91,44 @@ def read_csv_file(path: Path) -> dict[str, list[str]]:
     return captions
 
 
+# What a JSON file of another shape than expected raises where it is taken apart.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+
+
+def text(value: object) -> str:
+    """Return the text itself; TypeError where it is none."""
+    if not isinstance(value, str):
+        raise TypeError(f"{str(value)[:40]!r} is not text")
+    return value
+
+
 def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> list[Record]:
     """Return the records of a split from Karpathy's JSON; `restval` images join train."""
     value = files.read_json(path)
     try:
         images = [
-            (image["filename"], image["split"], [one["raw"].strip() for one in image["sentences"]])
+            (
+                text(image["filename"]),
+                text(image["split"]),
+                [text(one["raw"]).strip() for one in image["sentences"]],
+            )
             for image in value["images"]
         ]
-    except (KeyError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise ValueError(
             f'{path} is not a captions file: expected {{"images": [{{"filename", "split", '
             f'"sentences": [{{"raw"}}]}}]}} ({type(error).__name__}: {error})'
         ) from error
     wanted = (split, "restval") if split == "train" else (split,)
-    captions = {name: lines for name, part, lines in images if part in wanted}
+    captions: dict[str, list[str]] = {}
+    parts: dict[str, str] = {}
+    for name, part, lines in images:
+        if parts.setdefault(name, part) != part:
+            raise ValueError(f"{path}: {name} is in the splits {parts[name]} and {part}")
+        if part in wanted:
+            captions.setdefault(name, []).extend(lines)
     if not captions:
-        raise missing_split(path, split, sorted({str(part) for _, part, _ in images}))
+        raise missing_split(path, split, [part[:20] for part in sorted(set(parts.values()))[:9]])
     return make_records(list(captions), captions, folders, path.parent, split)
 
 
@@ -155,17 +179,24 @@ def _coco_annotations(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]
     """Return image id → file name and image id → captions of an official annotation file."""
     value = files.read_json(path)
     try:
-        names = {int(image["id"]): image["file_name"] for image in value["images"]}
+        names = {int(image["id"]): text(image["file_name"]) for image in value["images"]}
         captions: dict[int, list[str]] = {}
         for one in value["annotations"]:
-            captions.setdefault(int(one["image_id"]), []).append(one["caption"].strip())
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+            captions.setdefault(int(one["image_id"]), []).append(text(one["caption"]).strip())
+    except MALFORMED as error:
         raise ValueError(
             f'{path} is not a COCO captions file: expected {{"images": [{{"id", "file_name"}}], '
             f'"annotations": [{{"image_id", "caption"}}]}} ({type(error).__name__}: {error})'
         ) from error
     if not names.keys() & captions.keys():
         raise ValueError(f"{path}: no caption's image_id is the id of an image")
+    if strangers := captions.keys() - names.keys():
+        log.warning(
+            "left out: captions of %d images that %s does not list, the first with id %s",
+            len(strangers),
+            path,
+            min(strangers),
+        )
     return names, captions
 
 
@@ -175,12 +206,14 @@ def _coco_karpathy(path: Path, split: str) -> tuple[dict[int, str], dict[int, li
     wanted = (split, "restval") if split == "train" else (split,)
     try:
         images = [image for image in value["images"] if image["split"] in wanted]
-        names = {int(image["cocoid"]): image["filename"] for image in images}
+        names = {int(image["cocoid"]): text(image["filename"]) for image in images}
         captions = {
-            int(image["cocoid"]): [one["raw"].strip() for one in image["sentences"]]
+            int(image["cocoid"]): [text(one["raw"]).strip() for one in image["sentences"]]
             for image in images
         }
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if len(names) != len(images):
+            raise ValueError("a cocoid comes twice")
+    except MALFORMED as error:
         raise ValueError(
             f"{path} is not Karpathy's COCO file ({type(error).__name__}: {error})"
         ) from error
@@ -198,6 +231,16 @@ def _coco_records(
 ) -> list[Record]:
     """Return records with integer ids; restval's images lie in another folder than train's."""
     by_name = {Path(name).name: image_id for image_id, name in names.items()}
+    if len(by_name) != len(names):
+        one, other = next(
+            (image_id, by_name[Path(name).name])
+            for image_id, name in names.items()
+            if by_name[Path(name).name] != image_id
+        )
+        raise ValueError(
+            f"the images {one} and {other} of the {split} split in {root} have one file name, "
+            f"{Path(names[one]).name}; rename one of the files"
+        )
     lines = {name: captions.get(image_id, []) for name, image_id in by_name.items()}
     records = make_records(list(by_name), lines, folders, root, split)
     return [record._replace(image_id=by_name[record.image_id]) for record in records]

@@ -5,7 +5,7 @@ B images · S image positions · C backbone channels · D model width · T words
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import files
 from dataset import Vocabulary
 from decoder import DecoderConfig, Taught, build_decoder
 from decoding import START, Ensemble
-from encoder import TRANSFORM, Encoder, backbone, fingerprint
+from encoder import TRANSFORM, Encoder, EncoderConfig, backbone, fingerprint
 
 FORMAT = "image-captioning 2"
+MAX_HEADER = 10_000_000  # bytes: room for half a million words
 
 
 class CaptionModel(nn.Module):
@@ -116,28 +117,28 @@ class CaptionModel(nn.Module):
         Raises FileNotFoundError where there is none, ValueError where it is not such a file.
         """
         path = checkpoint_file(path)
-        about, tensors = read_checkpoint(path)
+        about, shapes = read_header(path)
         try:
             with torch.device("meta"):  # nothing is drawn that the file's weights replace
                 model = cls._described(about)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
             raise ValueError(
-                f"{path} does not describe a model that this version can build ({error}); use the "
+                f"{path} does not describe a model that this version can build ({reason}); use the "
                 "version of the project that wrote it"
             ) from error
-        try:
-            wanted = model.state_dict()
-            model.load_state_dict(
-                {
-                    # Copied: the file's tensors lie at odd addresses, which slows every product.
-                    name: tensor.to(wanted[name].dtype, copy=True) if name in wanted else tensor
-                    for name, tensor in tensors.items()
-                },
-                assign=True,
-            )
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{path} has other weights than it says: {reason}") from error
+        # Memory is taken only now, for no more numbers than the file holds.
+        wanted = model.state_dict()
+        check_shapes(path, shapes, {name: tuple(each.shape) for name, each in wanted.items()})
+        _, tensors = read_checkpoint(path)
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() != wanted[name].is_floating_point():
+                raise ValueError(f"{path} is damaged: {name} holds {tensor.dtype}")
+            # Copied: the file's tensors lie at odd addresses, which slows every product.
+            tensors[name] = tensor.to(wanted[name].dtype, copy=True)
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"{path} is damaged: {name} holds infinity or NaN")
+        model.load_state_dict(tensors, assign=True)
         return model.to(device).to(memory_format=torch.channels_last).eval()
 
     @classmethod
@@ -147,9 +148,14 @@ class CaptionModel(nn.Module):
         if (transform := stored.pop("transform")) != TRANSFORM:
             raise ValueError(f"image transform {transform!r} is not known, only {TRANSFORM!r}")
         name, trained = stored.pop("cnn_backbone"), stored.pop("cnn_trained")
-        encoder = Encoder(name, trained, stored.pop("grid", None))
-        img_size = stored.pop("img_size")
-        return cls(encoder, DecoderConfig(**stored), Vocabulary(about["vocabulary"]), img_size)
+        img_size, grid = stored.pop("img_size"), stored.pop("grid", None)
+        EncoderConfig(name, img_size=img_size, grid=grid)  # finds what is out of range
+        config, known = DecoderConfig(**stored), about["vocabulary"]
+        if not isinstance(known, list) or not all(
+            isinstance(word, str) and word.isprintable() for word in known
+        ):  # words go to terminals, which obey control characters
+            raise ValueError("its vocabulary is not a list of words")
+        return cls(Encoder(name, trained, grid), config, Vocabulary(known), img_size)
 
 
 def _halved(tensor: Tensor) -> Tensor:
@@ -276,22 +282,56 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
     Raises ValueError where it is another file, or damaged.
     """
+    from safetensors.torch import load_file
+
+    return read_header(path)[0], load_file(path)
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return what a model file says of itself, and its tensors' shapes, reading no tensor.
+
+    Raises ValueError where it is another file, or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
     try:
+        # The library's own limit is ten times higher, and text grows when it is parsed.
+        if MAX_HEADER < length < path.stat().st_size:
+            raise SafetensorError(f"a header of {length:,} bytes, at most {MAX_HEADER:,} are read")
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            if header.get("format") != json.dumps(FORMAT):  # other programs' needn't be JSON
-                raise ValueError(
-                    f"{path} is not a captioning model of this version: its header has the format "
-                    f"{header.get('format')}, expected {json.dumps(FORMAT)}; train it anew, or use "
-                    "the version of the project that wrote it"
-                )
-            about = {key: json.loads(value) for key, value in header.items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+        if header.get("format") != json.dumps(FORMAT):  # other programs' needn't be JSON
+            raise ValueError(
+                f"{path} is not a captioning model of this version: its header has the format "
+                f"{header.get('format')}, expected {json.dumps(FORMAT)}; train it anew, or use "
+                "the version of the project that wrote it"
+            )
+        about = {key: json.loads(value) for key, value in header.items()}
+    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a model file, or is cut short ({error}); expected a .safetensors "
             "file written by train.py"
         ) from error
-    return about, tensors
+    return about, shapes
+
+
+def check_shapes(
+    path: Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise ValueError where a file's tensors are not those that its header makes one expect."""
+    absent, besides = wanted.keys() - found.keys(), found.keys() - wanted.keys()
+    other = [name for name in wanted if name in found and found[name] != wanted[name]]
+    if absent:
+        reason = f"it lacks {min(absent)} and {len(absent) - 1} more"
+    elif besides:
+        reason = f"it has {min(besides)[:99]!r} besides, and {len(besides) - 1} more"
+    elif other:
+        name = other[0]
+        reason = f"{name} has shape {found[name]}, expected {wanted[name]}"
+    else:
+        return
+    raise ValueError(f"{path} has other weights than it says: {reason}")

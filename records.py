@@ -128,7 +128,7 @@ def split_by_image(names: Iterable[str], seed: int) -> dict[str, list[str]]:
 
 def shuffled(name: object, seed: int) -> bytes:
     """Return what to sort `name` by for an order by chance that depends on nothing else."""
-    return hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogatepass")).digest()
 
 
 def make_records(

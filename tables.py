@@ -69,4 +69,6 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8 ({error.reason})") from error
+        raise ValueError(
+            f"{path} is not a text file in UTF-8 ({error.reason}); save it as UTF-8"
+        ) from error

@@ -42,7 +42,7 @@ _ROWS = (
     # Addresses, tags, faces, @names and #topics, currencies.
     r"https?://[^\s\"<>()|]*\w/?",
     r"[A-Za-z0-9][\w.+-]{0,63}@[^\s\"<>|(){}@]*[^\s\"<>|(){}@.]",
-    rf"(?i:www\.(?:[\w-]+\.)+[a-z]{{2,4}}|(?:[a-z]+\.)+(?:com|net|org|edu)(?=/)){_END}"
+    rf"(?i:www\.(?:[\w-]+\.){{1,9}}[a-z]{{2,4}}|(?:[a-z]+\.){{1,9}}(?:com|net|org|edu)(?=/)){_END}"
     r"(?:/[^\s\"<>()|]+\w)?",
     r"</?[A-Za-z][^<>]*>",
     r"[<>]?[:;=][-o*']?[DPdpO()\\{@|\[\]](?![A-Za-z])|[-^~=<>]_[-^~=<>]",
@@ -61,7 +61,7 @@ _ROWS = (
     rf"[A-Za-z](?=\.[ ]+(?:{_any(_STARTERS)})[ ])",
     r"\d{1,4}-\d{1,4}/\d{1,4}(?!\d)",
     rf"{_PART}(?:/{_PART}){{1,2}}",
-    rf"[A-Za-z0-9][A-Za-z0-9.,]*(?:[-_‐‑](?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9]+))+{_END}",
+    rf"[A-Za-z0-9][A-Za-z0-9.,]{{0,99}}(?:[-_‐‑](?:[A-Za-z](?:\.[A-Za-z])+\.|[A-Za-z0-9]+))+{_END}",
     r"[A-Z]+(?:[+&][A-Z]+)+|(?i:pro|anti)-",
     # A full stop that stays: U.S., Mr., No. 5, and (a quirk) any word's before a comma.
     rf"[A-Za-z](?:\.[A-Za-z])*\.(?!{_L})",

@@ -8,12 +8,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import settings
 
 # Before torch is imported, and for subprocesses too: tiny models are fastest on one thread, and
 # runs that are compared bit for bit must use the same number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell's background job, which a test run may be, ignores Ctrl-C, and so do its children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples each time, and no folder left behind; "long" looks for new ones.
+settings.register_profile("short", max_examples=40, deadline=None, derandomize=True, database=None)
+settings.register_profile("long", max_examples=4000, deadline=None, database=None)
+settings.load_profile("short")
 
 
 @pytest.fixture(scope="session")

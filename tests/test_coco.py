@@ -189,3 +189,30 @@ def test_flickr30k_is_read_from_karpathys_file(tmp_path):
         picture(tmp_path / f"flickr30k-images/{n}.jpg")
     assert [record.image_id for record in load_split("flickr30k", tmp_path, "test")] == ["3.jpg"]
     assert len(load_split("flickr30k", tmp_path, "train")) == 3
+
+
+def test_captions_of_images_that_are_not_listed_are_left_out_with_a_line(official, caplog):
+    path = next(official.glob("annotations*/captions_train*.json"))
+    value = json.loads(path.read_text())
+    value["annotations"].append({"image_id": 77, "caption": "a stranger"})
+    path.write_text(json.dumps(value))
+    assert len(load_split("coco", official, "train")) == 8
+    assert "left out: captions of 1 images that" in caplog.text and "id 77" in caplog.text
+
+
+def test_two_images_of_one_name_are_named(official):
+    path = next(official.glob("annotations*/captions_train*.json"))
+    value = json.loads(path.read_text())
+    value["images"][1]["file_name"] = "elsewhere/" + value["images"][0]["file_name"]
+    path.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=r"the images 1 and 2 of the train split .* one file name"):
+        load_split("coco", official, "train")
+
+
+@pytest.mark.parametrize("image", [{"id": 1e999, "file_name": "a"}, {"id": 1, "file_name": 3}])
+def test_ids_and_names_that_are_none_are_told(image, official):
+    path = next(official.glob("annotations*/captions_train*.json"))
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"images": [*value["images"], image]}))
+    with pytest.raises(ValueError, match=r"captions_train.* is not a COCO captions file"):
+        load_split("coco", official, "train")

@@ -307,6 +307,21 @@ def test_an_empty_dataset_has_no_batches():
     assert len(loader) == 0 and list(loader) == []
 
 
+def test_of_thousands_of_captions_each_epoch_has_others(records):
+    lines = tuple(f"a dog {number}" for number in range(5000))
+    many = [records[0]._replace(captions=lines), records[1]]
+    vocabulary = Vocabulary.build(lines, 1)
+    seen = []
+    for epoch in (0, 0, 1):
+        dataset = CaptionDataset(many, vocabulary, 5, image_transform(32, train=False))
+        (batch,) = get_loader(dataset, 2, epoch=epoch)
+        assert batch.owner.tolist() == [0] * 50 + [1] * len(records[1].captions)
+        assert batch.references == [list(lines), list(records[1].captions)]
+        seen.append({vocabulary.decode(row[1:]) for row in batch.tokens[:50]})
+    assert seen[0] == seen[1] != seen[2]
+    assert all(len(each) == 50 and each <= set(lines) for each in seen)
+
+
 def test_a_batch_size_below_one_is_an_error(records):
     with pytest.raises(ValueError, match="batch size 0 must be at least 1"):
         get_loader(CaptionDataset(records), 0)

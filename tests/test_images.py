@@ -4,11 +4,12 @@ import io
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, features
 
 import images
 from images import list_images, read_image
@@ -61,6 +62,64 @@ def test_a_pipe_is_read(photo):
 def test_every_common_format_is_read(kind, photo):
     read = pixels(bytes_of(photo, kind))
     assert np.abs(read - np.asarray(photo)).mean() < 8
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_avif_is_read(photo):
+    assert np.abs(pixels(bytes_of(photo, "AVIF", quality=90)) - np.asarray(photo)).mean() < 8
+
+
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.gif", "photo.txt", "photo", "photo.heic"])
+def test_the_content_and_not_the_extension_says_what_a_file_is(name, photo, tmp_path):
+    (tmp_path / name).write_bytes(bytes_of(photo, "PNG"))
+    assert np.array_equal(pixels(tmp_path / name), np.asarray(photo))
+
+
+@pytest.mark.parametrize(
+    "name", ["фото 写真 \U0001f436.png", "é" * 120 + ".png", "a\nb\x1b[1m.png"]
+)
+def test_a_file_of_any_name_is_read_listed_and_refused(name, photo, tmp_path):
+    path = tmp_path / name
+    try:
+        photo.save(path)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    assert list_images(tmp_path) == [path]
+    assert np.array_equal(pixels(path), np.asarray(photo))
+    path.write_bytes(b"text")
+    with pytest.raises(ValueError, match="no image format"):
+        read_image(path)
+
+
+def test_a_name_that_no_file_can_have_is_one_error():
+    with pytest.raises(OSError, match="name too long"):
+        read_image("a" * 5000 + ".jpg")
+    with pytest.raises(ValueError, match="null"):
+        read_image("a\0b.jpg")
+
+
+def test_links_are_followed_out_of_the_folder_to_files_and_never_to_folders(photo, tmp_path):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    inside.mkdir()
+    outside.mkdir()
+    photo.save(outside / "photo.png")
+    try:
+        (inside / "link.png").symlink_to(outside / "photo.png")
+        (inside / "gone.png").symlink_to(outside / "gone.png")
+        (inside / "folder").symlink_to(outside)
+        (inside / "loop").symlink_to(inside)
+    except OSError:
+        pytest.skip("links are not allowed here")
+    assert list_images(inside) == [inside / "gone.png", inside / "link.png"]
+    assert np.array_equal(pixels(inside / "link.png"), np.asarray(photo))
+    with pytest.raises(FileNotFoundError, match="gone"):
+        read_image(inside / "gone.png")
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"])
+def test_a_picture_of_one_pixel_is_read(kind):
+    read = pixels(bytes_of(Image.new("RGB", (1, 1), (250, 10, 10)), kind))
+    assert read.shape == (1, 1, 3) and np.abs(read - [250, 10, 10]).max() < 12
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV"])
@@ -318,17 +377,113 @@ def test_a_decompression_bomb_is_an_error(side, tmp_path):
     refused(path, "pixels", name="bomb.png")
 
 
+def test_a_picture_too_large_is_refused_in_whatever_form_it_comes(monkeypatch, photo):
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 48 - 1)
+    opened = Image.open(io.BytesIO(bytes_of(photo, "PNG")))
+    for source in (bytes_of(photo, "PNG"), opened, photo, np.asarray(photo)):
+        with pytest.raises(ValueError, match="64 x 48 pixels; at most 3,071 are read"):
+            read_image(source)
+
+
+PEAK = """
+import sys, images
+def peak():
+    return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) * 1024
+import numpy, PIL.Image
+PIL.Image.init()
+before = peak()
+picture = images.read_image(sys.argv[1])
+print((peak() - before) / (picture.width * picture.height))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system tells no peak")
+@pytest.mark.parametrize("kind", ["deep.tif", "float.tif", "palette.png", "rgba.webp", "rgb.jp2"])
+def test_reading_takes_at_most_24_bytes_a_pixel(kind, tmp_path):
+    grey = Image.linear_gradient("L").resize((1500, 1500))
+    make = {
+        "deep.tif": lambda: (grey.convert("I"), {}),
+        "float.tif": lambda: (grey.convert("F"), {}),
+        "palette.png": lambda: (grey.quantize(8), {"transparency": 2}),
+        "rgba.webp": lambda: (Image.merge("RGBA", (grey,) * 4), {"method": 0}),
+        "rgb.jp2": lambda: (grey.convert("RGB"), {}),
+    }
+    image, how = make[kind]()
+    image.save(tmp_path / kind, **how)
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, tmp_path / kind],
+        cwd=Path(images.__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    assert 3 < float(done.stdout) < 24, done.stderr
+
+
 def test_postscript_is_not_run(photo):
     refused(bytes_of(photo, "EPS"), "PostScript is not read")
+    opened = Image.open(io.BytesIO(bytes_of(photo, "EPS")))
+    refused(opened, "PostScript is not read", name="the image given")
 
 
-def test_a_file_that_may_not_be_read_keeps_the_systems_words(photo, monkeypatch):
+def test_heic_names_its_plug_in_and_is_read_where_that_is_installed(photo, tmp_path, monkeypatch):
+    path = tmp_path / "IMG_0001.HEIC"
+    path.write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+    assert list_images(tmp_path) == [path]
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    refused(path, "plug-in pillow-heif: pip install pillow-heif", name="IMG_0001.HEIC")
+
+    def register():
+        class Plug(ImageFile.ImageFile):
+            format = "TEST"
+
+            def _open(self):
+                self._size, self._mode = (2, 1), "RGB"
+                self.im = Image.new("RGB", (2, 1), "red").im
+
+        Image.register_open("TEST", Plug, lambda start: start[4:12] == b"ftypheic")
+
+    plug_in = types.SimpleNamespace(register_heif_opener=register)
+    monkeypatch.setitem(sys.modules, "pillow_heif", plug_in)
+    monkeypatch.setattr(Image, "ID", Image.ID.copy())
+    monkeypatch.setattr(Image, "OPEN", Image.OPEN.copy())
+    assert pixels(path).tolist() == [[[255, 0, 0]] * 2]
+
+
+@pytest.mark.parametrize("name", ["photo.png", None])
+def test_a_failing_disk_keeps_the_systems_words_and_names_the_file(name):
     class Faulty(io.BytesIO):
         def read(self, *_):
-            raise OSError(5, "Input/output error", "photo.png")
+            raise OSError(5, "Input/output error", name)
 
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error") as caught:
         read_image(Faulty(b"x"))
+    assert caught.value.filename == (name or "the image given as a file object")
+
+
+def test_a_file_that_sends_its_reader_before_its_start_is_damaged_and_the_disk_is_not():
+    class Damaged(io.BytesIO):
+        def read(self, *_):
+            raise OSError(22, "Invalid argument")
+
+    refused(Damaged(b"x"), "Invalid argument", name="the image given as a file object")
+
+
+def test_a_file_without_permission_is_named(photo, tmp_path):
+    if not hasattr(os, "geteuid") or os.geteuid() == 0:
+        pytest.skip("this user may read every file")
+    path = tmp_path / "photo.png"
+    photo.save(path)
+    path.chmod(0)
+    with pytest.raises(PermissionError, match=r"photo\.png"):
+        read_image(path)
+
+
+def test_memory_that_is_not_there_is_one_line(photo, monkeypatch):
+    def load(_):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    refused(bytes_of(photo, "BMP"), "it takes more memory than there is")
 
 
 # --- folders
@@ -363,7 +518,7 @@ def test_listing_a_missing_folder_or_a_file_names_it(tmp_path):
 
 def test_every_extension_listed_is_one_pillow_reads():
     readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    assert readable >= images.EXTENSIONS
+    assert readable >= images.EXTENSIONS - {".heic", ".heif"}  # those a plug-in reads
 
 
 def test_importing_needs_neither_torch_nor_numpy():

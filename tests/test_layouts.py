@@ -276,6 +276,46 @@ def test_empty_captions_and_repeated_names_are_dropped(tmp_path):
     assert list(found) == PARTS["test"] and found[NAMES[18]][1] == ("a dog",)
 
 
+LONG = " ".join(["dog"] * 10_000)
+CONTROLS = "".join(map(chr, range(1, 32))).replace("\n", "").replace("\r", "").strip()
+
+
+@pytest.mark.parametrize(
+    "caption", [LONG, f"a{CONTROLS}b", "\u202eright to left", "a\ufeffb", "🐶"]
+)
+@pytest.mark.parametrize("make", [official, kaggle, older, karpathy])
+def test_captions_of_any_length_and_signs_are_read_whole(make, caption, tmp_path, monkeypatch):
+    monkeypatch.setitem(CAPTIONS, NAMES[0], [caption, "a dog"])
+    root = make(tmp_path)
+    if make is official:
+        write(root / "Flickr8k_text" / "Flickr8k.token.txt", token_text(CAPTIONS))
+    found = {name: value for split in SPLITS for name, value in contents(root, split).items()}
+    assert found[NAMES[0]][1] == (caption, "a dog")
+
+
+@pytest.mark.parametrize("make", [kaggle, karpathy])
+def test_an_image_may_have_thousands_of_captions_some_of_them_twice(make, tmp_path, monkeypatch):
+    lines = [f"a dog {number % 2500}" for number in range(5000)]
+    monkeypatch.setitem(CAPTIONS, NAMES[0], lines)
+    root = make(tmp_path)
+    found = {name: value for split in SPLITS for name, value in contents(root, split).items()}
+    assert list(found[NAMES[0]][1]) == lines
+
+
+def test_an_image_listed_twice_in_a_json_keeps_all_its_captions(tmp_path):
+    root = karpathy(tmp_path)
+    path = root / "dataset_flickr8k.json"
+    value = json.loads(path.read_text())
+    first = value["images"][0]
+    again = first | {"sentences": [{"raw": "said again"}]}
+    write(path, json.dumps({"images": [*value["images"], again]}))
+    assert contents(root, "train")[first["filename"]][1] == (*CAPTIONS[NAMES[0]], "said again")
+    again["split"] = "test"
+    write(path, json.dumps({"images": [*value["images"], again]}))
+    with pytest.raises(ValueError, match=rf"json: {NAMES[0]} is in the splits train and test"):
+        load_split("flickr8k", root, "train")
+
+
 # --- a few that are missing, and too many
 
 
@@ -354,7 +394,9 @@ def test_no_captions_file_says_what_was_looked_for(tmp_path):
     ("content", "said"),
     [
         (b"\x89PNG\r\n\xff\xfe\0", "is not a text file in UTF-8"),
-        ("a.jpg#0\tone".encode("utf-16"), "is not a text file in UTF-8"),
+        ("a.jpg#0\tone".encode("utf-16"), "is not a text file in UTF-8.*; save it as UTF-8"),
+        ("a.jpg#0\tone".encode("utf-16-le"), "line 1 is not a caption"),
+        ("a.jpg#0\tune fête".encode("latin-1"), "is not a text file in UTF-8"),
         (b"<!DOCTYPE html>\n<html>", r"line 1 is not a caption: .*not '<!DOCTYPE html>'"),
         (b"a.jpg#0\ta dog\na.jpg#1 no tab\n", r"line 2 is not a caption: expected name.jpg#0"),
         (b"a.jpg#0\ta dog\n\na.jpg\tno number\n", "line 3 is not a caption"),
@@ -397,6 +439,11 @@ def test_a_csv_of_another_kind_says_where(content, said, tmp_path):
         ('{"images": [{"filename": "a.jpg"}]}', "KeyError: 'split'"),
         ('{"images": [{"filename": "a", "split": "val", "sentences": [{"raw": 3}]}]}', "expected"),
         ('{"images": [{"filename": "a", "split": "val", "sentences": null}]}', "expected"),
+        ('{"images": [{"filename": 3, "split": "val", "sentences": []}]}', "'3' is not text"),
+        ('{"images": [{"filename": [], "split": "val", "sentences": []}]}', "is not text"),
+        ('{"images": [{"filename": "a", "split": {}, "sentences": []}]}', "is not text"),
+        ("[" * 100_000, "is not a JSON file"),
+        ("1" * 5000, "is not a"),
     ],
 )
 def test_a_json_of_another_kind_says_so(text, said, tmp_path):
