@@ -35,6 +35,10 @@ function take(file) {
   ask();
 }
 
+$("photo").addEventListener("load", () => {
+  const { naturalWidth: width, naturalHeight: height } = $("photo");
+  $("photo").parentElement.style.setProperty("--ratio", width / height || 1.5);
+});
 $("photo").addEventListener("error", () => {
   $("photo").hidden = true;
   $("unseen").hidden = false;
@@ -240,7 +244,7 @@ function look(place) {
   $("veil").classList.toggle("shown", Boolean(where));
   $("look").replaceChildren();
   if (!where) {
-    $("look").textContent = attention ? "Point at a word to see where the model looked." : "";
+    $("look").textContent = attention ? `${touch ? "Tap" : "Point at"} a word to see where the model looked.` : "";
     return;
   }
   drawVeil(where);
@@ -260,7 +264,7 @@ function drawVeil(where) {
     for (let x = 0; x < veil.width; x++) {
       const value = between(where, (y + 0.5) / fine - 0.5, (x + 0.5) / fine - 0.5);
       const share = high > low ? (value - low) / (high - low) : 1;
-      pixels.data[4 * (y * veil.width + x) + 3] = 210 * (1 - share) ** 1.3;
+      pixels.data[4 * (y * veil.width + x) + 3] = 200 * (1 - share) ** 1.3;
     }
   }
   context.putImageData(pixels, 0, 0);
