@@ -38,7 +38,7 @@ THREADS = 16  # requests read and answered at a time; the model has a limit of i
 CONNECTIONS = 64
 PATIENCE = 60.0  # seconds that a photo waits for its turn
 MEGABYTE = 1_000_000
-FORM_BYTES = 64_000  # what a form may hold beside the photo
+FORM_BYTES = 500_000  # what a form may hold beside the photo; werkzeug reads it by 64 KiB
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -106,8 +106,8 @@ def create_app(
 
     @app.post("/caption")
     def caption() -> dict[str, Any]:
-        settings = read_settings(flask.request.form, bounds)
         photo = uploaded(flask.request, max_bytes)
+        settings = read_settings(flask.request.form, bounds)
         if not turns.acquire(timeout=patience):
             raise RefusedError(503, "too many photos are waiting; try again in a minute")
         try:

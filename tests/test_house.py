@@ -16,15 +16,16 @@ TIERS = (
     ("model", "features"),
     ("losses", "rewards", "inference"),
     ("evaluate", "export"),
-    ("trainer", "presets", "settings", "train"),
+    ("trainer", "presets", "settings", "train", "app"),
 )
 ORDER = [module for tier in TIERS for module in tier]
-SCRIPTS = ("download_data", "train", "evaluate", "inference", "export")
+SCRIPTS = ("download_data", "train", "evaluate", "inference", "export", "app")
 STANDARD = set(sys.stdlib_module_names)
 LIBRARIES = {
     "torch", "torchvision", "PIL", "numpy", "tqdm", "requests", "tyro", "safetensors", "filelock",
-    "matplotlib", "pycocoevalcap",
+    "matplotlib", "pycocoevalcap", "flask", "waitress",
 }  # fmt: skip
+EXTRAS = {"requirements-app.txt": {"flask", "waitress"}, "requirements-dev.txt": {"pycocoevalcap"}}
 
 
 def imported(path: Path) -> set[str]:
@@ -118,8 +119,19 @@ def test_the_readmes_commands_parse(command, monkeypatch):
         script.main(command[1:])
 
 
+def asked_for(file: str) -> set[str]:
+    """Return the names of the packages in a file of requirements."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return {re.split(r"[<>=]", line)[0].lower() for line in lines if not line.startswith("-r ")}
+
+
 def test_the_requirements_are_the_libraries_used():
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
-    asked = {re.split(r"[<>=]", line)[0].lower() for line in lines}
-    used = {name.lower().replace("pil", "pillow") for name in LIBRARIES - {"pycocoevalcap"}}
-    assert asked == used
+    used = {name.lower().replace("pil", "pillow") for name in LIBRARIES}
+    assert asked_for("requirements.txt") == used - set().union(*EXTRAS.values())
+    assert asked_for("requirements-app.txt") == EXTRAS["requirements-app.txt"]
+    assert asked_for("requirements-dev.txt") >= EXTRAS["requirements-dev.txt"]
+
+
+def test_the_web_page_alone_needs_its_libraries():
+    users = {module for module in ORDER if imported(ROOT / f"{module}.py") & {"flask", "waitress"}}
+    assert users == {"app"}
