@@ -137,7 +137,7 @@ async function ask() {
   } catch (error) {
     if (mine !== request || error.name === "AbortError") return;
     const lost = error instanceof TypeError || error instanceof SyntaxError;
-    fail(lost ? "The server can’t be reached. Is it still running?" : capital(error.message));
+    fail(lost ? "The server can’t be reached. Is it still running?" : error.message);
   }
 }
 
@@ -369,7 +369,6 @@ async function setUp() {
 
 const sentence = () => captions[chosen].text || "no words";
 const megabytes = (bytes) => (bytes / 1e6).toPrecision(3).replace(/\.?0+$/, "");
-const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 function percent(share) {
   const whole = 100 * share;
   return whole > 0 && whole < 1 ? "below 1 %" : `${Math.round(whole)} %`;
