@@ -85,6 +85,7 @@ def open_page(browser, address):
         page = context.new_page()
         page.on("console", lambda said: complaints.append(said.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("filechooser", lambda chooser: None)  # else it is listened for only too late
         with page.expect_response("**/health"):
             page.goto(address)
         return page
