@@ -302,6 +302,7 @@ def test_a_photo_can_be_taken_with_the_camera(open_page):
     page = open_page(**DESKTOP, permissions=["camera"])
     page.get_by_role("button", name="Take a photo").click()
     expect(page.locator("#video")).to_have_js_property("readyState", 4)  # there is a picture
+    look_at(page, "desktop-camera")
     page.get_by_role("button", name="Take the photo").click()
     expect(page.locator("main")).to_have_attribute("data-state", "done")
     assert words_of(page)
