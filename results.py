@@ -103,7 +103,8 @@ class Page:
         name = html.escape(result.image)
         words = [html.escape(each.text) for each in result.captions]
         if result.error:
-            return f'<figure data-image="{name}"><figcaption>{html.escape(files.one_line(result.error))}'
+            error = html.escape(files.one_line(result.error))
+            return f'<figure data-image="{name}"><figcaption>{error}</figcaption></figure>'
         address = html.escape(quote(os.path.relpath(result.image, folder)))
         more = "".join(f"<small>{each}</small>" for each in words[1:])
         return (

@@ -17,16 +17,21 @@ TIERS = (
     ("model", "onnx_model", "features"),
     ("losses", "rewards", "generation", "inference"),
     ("evaluate", "export", "hubconf"),
-    ("trainer", "presets", "settings", "train"),
+    ("trainer", "presets", "settings", "train", "app"),
 )  # fmt: skip
 ORDER = [module for tier in TIERS for module in tier]
-SCRIPTS = ("download_data", "train", "evaluate", "inference", "export")
+SCRIPTS = ("download_data", "train", "evaluate", "inference", "export", "app")
 STANDARD = set(sys.stdlib_module_names)
 LIBRARIES = {
     "torch", "torchvision", "PIL", "numpy", "tqdm", "requests", "tyro", "safetensors", "filelock",
-    "matplotlib", "pycocoevalcap", "onnx", "onnxscript", "onnxruntime",
+    "matplotlib", "pycocoevalcap", "onnx", "onnxscript", "onnxruntime", "flask", "waitress",
 }  # fmt: skip
-OPTIONAL = {"onnx", "onnxscript", "onnxruntime"}  # only for those who ask for ONNX
+# Libraries that not everybody installs: which file asks for them, and who alone may use them.
+EXTRAS = {
+    "requirements-app.txt": {"flask", "waitress"},
+    "requirements-onnx.txt": {"onnx", "onnxscript", "onnxruntime"},
+    "requirements-dev.txt": {"pycocoevalcap"},
+}
 
 
 def imported(path: Path) -> set[str]:
@@ -120,22 +125,23 @@ def test_the_readmes_commands_parse(command, monkeypatch):
         script.main(command[1:])
 
 
-def libraries_in(name: str) -> set[str]:
-    """Return the names in a requirements file, without versions."""
-    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+def asked_for(file: str) -> set[str]:
+    """Return the names of the packages in a file of requirements."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
     return {re.split(r"[<>=]", line)[0].strip().lower() for line in lines if line[:1].isalpha()}
 
 
 def test_the_requirements_are_the_libraries_used():
-    asked = libraries_in("requirements.txt")
-    used = {
-        name.lower().replace("pil", "pillow") for name in LIBRARIES - OPTIONAL - {"pycocoevalcap"}
-    }
-    assert asked == used
+    used = {name.lower().replace("pil", "pillow") for name in LIBRARIES}
+    assert asked_for("requirements.txt") == used - set().union(*EXTRAS.values())
+    assert asked_for("requirements-app.txt") == EXTRAS["requirements-app.txt"]
+    assert asked_for("requirements-onnx.txt") == EXTRAS["requirements-onnx.txt"]
+    assert asked_for("requirements-dev.txt") >= EXTRAS["requirements-dev.txt"]
 
 
-def test_the_optional_requirements_are_the_libraries_that_only_onnx_needs():
-    assert libraries_in("requirements-onnx.txt") == OPTIONAL
+def test_the_web_page_alone_needs_its_libraries():
+    users = {module for module in ORDER if imported(ROOT / f"{module}.py") & {"flask", "waitress"}}
+    assert users == {"app"}
 
 
 def test_conda_users_get_what_pip_users_get():
