@@ -403,6 +403,21 @@ def _allow(
     return allowed
 
 
+def bounded(logits: Tensor, max_words: int, min_words: int = 1) -> Tensor:
+    """Return `logits` (M, T, V) of captions, word by word, as decoding's bounds leave them.
+
+    A word that decoding would never choose is at minus infinity. Self-critical training needs
+    this: it would else learn to give captions it regrets the probability of <unk>, which is never
+    drawn and so never regretted.
+    """
+    _, length, words = logits.shape
+    never = [
+        _forbidden(words, place >= max_words, place < min_words, logits.device)
+        for place in range(length)
+    ]
+    return logits.float() + torch.stack(never)
+
+
 @functools.lru_cache(maxsize=64)
 def _forbidden(words: int, only_end: bool, no_end: bool, device: torch.device) -> Tensor:
     """Return (V,) to add to log-probabilities: minus infinity where a word may not come."""

@@ -19,13 +19,19 @@ from tqdm import tqdm
 import files
 import metrics
 from features import encode_images
-from inference import Captioner, DecodingConfig, decode, named, spoken
+from generation import DecodingConfig, decode, spoken
+from inference import Captioner, named
 from layouts import DATASETS, load_split
 from model import CaptionModel, ModelEnsemble
 from records import SPLITS, Record, leave_out
+from report import write_report
 
 log = logging.getLogger(__name__)
 
+PRINTED = (
+    "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", "bad_endings",
+    "repeats",
+)  # fmt: skip
 EXAMPLE_ROW = '{"image_id": …, "caption": "…"}'
 
 
@@ -170,6 +176,8 @@ class Config:
     """Write the scores to this JSON file."""
     captions_json: Path | None = None
     """Write the captions to this JSON file, in COCO's results format."""
+    report: Path | None = None
+    """Write a page (.html) of the scores and the best and worst captions, with their pictures."""
     batch_size: int = 64
     """Images at once."""
     workers: int = 2
@@ -189,7 +197,7 @@ class Config:
 def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
     """Return the report (scores, split, image count, decoding settings) and the captions.
 
-    The captions go by the ids of the split's records.
+    The captions go by the ids of the split's records. Writes the page that `report` asks for.
     """
     every = load_split(config.dataset, config.data_dir, config.split, config.split_seed)
     used = len(every) if config.limit is None else config.limit
@@ -206,7 +214,10 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
         records = [record for record in records if record.image_id in captions]
         how = {"decoding": asdict(config.decoding)}
     scores = score_captions(records, captions, java=config.java)
+    scores |= metrics.faults(captions.values())
     about = {"dataset": config.dataset, "split": config.split, "images": len(records)}
+    if config.report:
+        write_report(config.report, records, captions, {**scores, **about})
     return {**scores, **about, **how}, captions
 
 
@@ -224,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     config = files.parse(
         Config, argv, program="evaluate.py", description="Caption a split and score the captions."
     )
-    files.check_writable(config.json, config.captions_json)
+    files.check_writable(config.json, config.captions_json, config.report)
     report, captions = evaluate(config)
     print(f"{config.dataset} {config.split}, {report['images']} images")
     print_scores(report)
@@ -236,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def print_scores(scores: Mapping[str, Any], file: Any = None) -> None:
     """Print the scores, a line each."""
-    for name in ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE"):
+    for name in PRINTED:
         if name in scores:
             print(f"  {name:8} {scores[name]:.3f}", file=file or sys.stdout)
 

@@ -81,10 +81,11 @@ def read_image(source: Any, at_least: int | None = None) -> Image.Image:
     return flat(picture)
 
 
-def list_images(folder: str | Path) -> list[Path]:
-    """Return the image files below `folder`, sorted; hidden files and `__MACOSX` are left out.
+def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
+    """Return the image files below `folder`, or only in it, sorted.
 
-    A missing folder, or one that may not be read, is an OSError that names it.
+    Hidden files and `__MACOSX` are left out. A missing folder, or one that may not be read, is an
+    OSError that names it.
     """
 
     def refuse(error: OSError) -> None:
@@ -92,7 +93,8 @@ def list_images(folder: str | Path) -> list[Path]:
 
     found = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        below = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        folders[:] = below if recursive else []
         images = [name for name in names if Path(name).suffix.lower() in EXTENSIONS]
         found += [Path(parent, name) for name in images if not name.startswith(".")]
     return sorted(found)

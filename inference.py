@@ -3,12 +3,13 @@
 B images · S image positions · T words · n captions an image
 """
 
+import contextlib
 import functools
-import math
 import sys
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -16,65 +17,23 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 import files
 import plots
-from dataset import mix
-from decoding import PAD, Decoded, beam_search, greedy, sample
+from decoding import Decoded
 from encoder import image_transform
-from images import list_images, read_image
+from generation import DecodingConfig, decode, pick_device, spoken
+from images import read_image
 from model import CaptionModel, ModelEnsemble, checkpoint_file, load_models
+from photos import annotated_places, find_photos, sidecar_places, write_annotated
+from results import FORMS, Caption, Result, Results, as_json, open_results, pick_form
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
-# What bounds the memory of a batch, whatever is asked for: beams of one image, beams of all images,
-# pixels of all images as the CNN sees them.
-MOST_BEAMS, MOST_ROWS, MOST_PIXELS = 1000, 4096, 2**23
-
-
-@dataclass(frozen=True)
-class DecodingConfig:
-    """How the words are chosen."""
-
-    method: Literal["beam", "greedy", "sample"] = "beam"
-    """Beam search, the most probable word each time, or words drawn by chance."""
-    beam_size: int = 5
-    """Beams K of beam search."""
-    length_penalty: float = 0.7
-    """Beam search ranks by log-probability / length to this power (0: short captions win)."""
-    no_repeat_ngram: int = 0
-    """Forbid any run of this many words to come twice (0: off)."""
-    max_words: int | None = None
-    """Longest caption in words (default: what the model was trained for)."""
-    temperature: float = 1.0
-    """Sampling: below 1 plays safe, above 1 takes chances."""
-    top_k: int = 0
-    """Sampling: draw from the k most probable words (0: all)."""
-    top_p: float = 1.0
-    """Sampling: draw from the fewest words that hold this share of the probability."""
-    seed: int = 0
-    """Sampling: the same seed gives an image the same captions."""
-
-    def __post_init__(self) -> None:
-        if self.method not in ("beam", "greedy", "sample"):
-            raise ValueError(
-                f"method {self.method!r} is not known; choose from beam, greedy, sample"
-            )
-        least = {"beam_size": 1, "no_repeat_ngram": 0, "max_words": 1, "top_k": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise ValueError(f"{name.replace('_', ' ')} {value} must be at least {low}")
-        if self.beam_size > MOST_BEAMS:
-            raise ValueError(f"beam size {self.beam_size} must be at most {MOST_BEAMS:,}")
-
-
-class Caption(NamedTuple):
-    """A caption and the natural logarithm of its probability by the model."""
-
-    text: str
-    log_prob: float
+# What bounds the memory of a batch, whatever is asked for: beams of all its images, and their
+# pixels as the CNN sees them.
+MOST_ROWS, MOST_PIXELS = 4096, 2**23
 
 
 class Explained(NamedTuple):
@@ -88,113 +47,6 @@ class Explained(NamedTuple):
     log_prob: float
     words: list[str]
     attention: np.ndarray | None
-
-
-def pick_device(device: torch.device | str) -> torch.device:
-    """Return the device named; "auto" is the GPU where there is one, else the CPU.
-
-    Raises ValueError for a name that torch does not know, and for a device that is not there.
-    """
-    if str(device) == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"device {str(device)!r} can't be used ({reason}); choose from auto, cpu, cuda, "
-            "cuda:1, mps"
-        ) from error
-
-
-def decode(
-    model: CaptionModel | ModelEnsemble,
-    memory: Tensor | tuple[Tensor, ...],
-    config: DecodingConfig,
-    n: int = 1,
-    keys: Sequence[int] | None = None,
-) -> Decoded:
-    """Return `n` captions an image as tokens (B, n, T), decoded from what the model remembers.
-
-    Beam search widens to `n` beams. `keys` (one an image; default: the places in the batch) are
-    what sampling derives an image's chance from, beside the seed. Raises ValueError for more words
-    than the model has positions for, and for more than one greedy caption.
-    """
-    longest = model.config.seq_len
-    max_words = longest if config.max_words is None else config.max_words
-    if max_words > longest:
-        raise ValueError(f"max words {max_words} must be between 1 and the model's {longest}")
-    if n < 1:
-        raise ValueError(f"n {n} must be at least 1: the number of captions an image")
-    if n > MOST_BEAMS:
-        raise ValueError(f"n {n} must be at most {MOST_BEAMS:,}")
-    limits = {"max_words": max_words, "no_repeat_ngram": config.no_repeat_ngram}
-    if config.method == "beam":
-        width = max(config.beam_size, n)
-        penalty = config.length_penalty
-        return beam_search(
-            model.decoder, memory, beam_size=width, n=n, length_penalty=penalty, **limits
-        )
-    if config.method == "greedy":
-        if n > 1:
-            raise ValueError("the greedy method has one caption an image; use beam or sample")
-        return greedy(model.decoder, memory, **limits)
-    chances = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
-    first = memory if isinstance(memory, Tensor) else memory[0]
-    images, device = len(first), first.device
-    # One image at a time, each with a generator of its own: its words are then the same whatever
-    # else is in the batch.
-    drawn = [
-        sample(
-            model.decoder,
-            one_image(memory, row),
-            n=n,
-            generator=torch.Generator(device).manual_seed(mix(config.seed, key)),
-            **chances,
-            **limits,
-        )
-        for row, key in enumerate(range(images) if keys is None else keys)
-    ]
-    return together(drawn)
-
-
-def one_image(memory: Tensor | tuple[Tensor, ...], row: int) -> Tensor | tuple[Tensor, ...]:
-    """Return the memory of one image of the batch, itself a batch of one."""
-    if isinstance(memory, Tensor):
-        return memory[row : row + 1]
-    return tuple(part[row : row + 1] for part in memory)
-
-
-def together(parts: Sequence[Decoded]) -> Decoded:
-    """Return the captions of several batches as one: (B, n, T), T the longest of any."""
-    length = max(part.tokens.shape[-1] for part in parts)
-    tokens = [
-        torch.nn.functional.pad(part.tokens, (0, length - part.tokens.shape[-1]), value=PAD)
-        for part in parts
-    ]
-    return Decoded(torch.cat(tokens), torch.cat([part.log_prob for part in parts]))
-
-
-def spoken(model: CaptionModel | ModelEnsemble, decoded: Decoded) -> list[list[Caption]]:
-    """Return the captions of each image as text; fewer than n where no more are possible.
-
-    Raises ValueError where the model gave no probability (NaN).
-    """
-    if decoded.log_prob.isnan().any():
-        raise ValueError(
-            "the model's probabilities are NaN: its weights are damaged, or too large for these "
-            "pictures"
-        )
-    return [
-        [
-            Caption(model.vocabulary.decode(tokens), log_prob)
-            for tokens, log_prob in zip(rows, scores.tolist(), strict=True)
-            if log_prob != -math.inf
-        ]
-        for rows, scores in zip(decoded.tokens.cpu(), decoded.log_prob.cpu(), strict=True)
-    ]
 
 
 class Captioner:
@@ -242,28 +94,51 @@ class Captioner:
         return next(self.caption_many([image], n=n, **decoding))
 
     def caption_many(
-        self, images: Iterable[Any], *, n: int = 1, batch_size: int = 16, **decoding: Any
+        self,
+        images: Iterable[Any],
+        *,
+        n: int = 1,
+        batch_size: int = 16,
+        workers: int = 0,
+        forgiving: bool = False,
+        **decoding: Any,
     ) -> Iterator[list[Caption]]:
         """Yield the `n` best captions of each picture, in order, reading as it goes.
 
-        Of no picture more is kept than the CNN sees, and a batch is made smaller where the CNN's
-        pictures or the beams are many: that changes no caption. Raises ValueError or OSError at a
-        picture that can't be read.
+        `workers` threads read pictures ahead, two batches at most. A batch is made smaller where
+        its beams or the CNN's pixels are many: that changes no caption. At a picture that can't be
+        read raises ValueError or OSError; if `forgiving`, yields the error in place of captions.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch size {batch_size} must be at least 1")
+        if batch_size < 1 or workers < 0:
+            raise ValueError(
+                f"batch size {batch_size} must be at least 1, workers {workers} at least 0"
+            )
         config = replace(self.decoding, **decoding)
         beams = max(n, config.beam_size if config.method == "beam" else 1)
         pixels = sum(size**2 for _, size in self.model.views)
         batch_size = min(batch_size, max(1, min(MOST_PIXELS // pixels, MOST_ROWS // beams)))
-        images = iter(images)
-        while batch := [self._seen(image) for image in islice(images, batch_size)]:
-            yield from spoken(self.model, self._decoded(batch, n, config)[1])
+        ahead = 2 * batch_size if workers else 0
+        seen = read_ahead(functools.partial(self._see, forgiving=forgiving), images, workers, ahead)
+        while batch := list(islice(seen, batch_size)):
+            good = [views for views in batch if not isinstance(views, Exception)]
+            captions = iter(spoken(self.model, self._decoded(good, n, config)[1]) if good else ())
+            for views in batch:
+                yield views if isinstance(views, Exception) else next(captions)
+
+    def _see(self, image: Any, forgiving: bool = False) -> list[Tensor] | Exception:
+        """Return a picture as pixels (3, H, W) for each of the model's views."""
+        try:
+            image = read_image(image)
+        except (ValueError, OSError) as error:
+            if forgiving:
+                return error
+            raise
+        return [see(image) for see in self.transforms]
 
     def explain(self, image: Any, *, n: int = 1, **decoding: Any) -> list[Explained]:
         """Return the `n` best captions of a picture, and where in it each word looked."""
         config = replace(self.decoding, **decoding)
-        memory, decoded = self._decoded([self._seen(image)], n, config)
+        memory, decoded = self._decoded([self._see(image)], n, config)
         captions = spoken(self.model, decoded)[0]
         looks = self.model.look(memory, decoded.tokens)
         explained = []
@@ -273,22 +148,37 @@ class Captioner:
             explained.append(Explained(*caption, words, where))
         return explained
 
-    def _seen(self, image: Any) -> list[Tensor]:
-        """Return a picture as each CNN sees it."""
-        picture = read_image(image)
-        return [see(picture) for see in self.transforms]
-
     @torch.inference_mode()
     def _decoded(
-        self, batch: Sequence[Sequence[Tensor]], n: int, config: DecodingConfig
+        self, batch: Sequence[list[Tensor]], n: int, config: DecodingConfig
     ) -> tuple[Any, Decoded]:
         """Return the memory of pictures, and `n` captions of each as tokens."""
         device = next(self.model.parameters()).device
-        views = [torch.stack(seen) for seen in zip(*batch, strict=True)]
+        views = [torch.stack(view) for view in zip(*batch, strict=True)]
         # Sampling goes by the pixels: a picture has its words alone as in any list.
         keys = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
         memory = self.model.remember(*(pixels.to(device) for pixels in views))
         return memory, decode(self.model, memory, config, n, keys)
+
+
+def read_ahead(
+    read: Callable[[Any], Any], items: Iterable[Any], workers: int, ahead: int
+) -> Iterator[Any]:
+    """Yield `read(item)` for each item, in order; `workers` threads work on the next `ahead`."""
+    if not workers:
+        yield from map(read, items)
+        return
+    items = iter(items)
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = deque(pool.submit(read, item) for item in islice(items, ahead))
+        try:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(read, item) for item in islice(items, 1))
+                yield result
+        finally:
+            for each in waiting:
+                each.cancel()
 
 
 @functools.lru_cache(maxsize=2)
@@ -345,155 +235,134 @@ class Config:
     named before it."""
     n: int = 1
     """How many captions a picture."""
+    recursive: bool = True
+    """Of folders, take the pictures in the folders below too."""
+    output: Path | None = None
+    """Write the captions to this file (.csv, .jsonl, .html), with their scores (the mean
+    log-probability a word) and errors; if it is there already, go on where it stopped."""
+    format: Literal["csv", "jsonl", "html"] | None = None
+    """Form of --output (default: by its name), or of what is printed (default: plain lines)."""
+    write_sidecar: bool = False
+    """Also write the caption of photo.jpg to photo.txt beside it."""
     annotate: Path | None = None
     """Also write each picture with its caption under it, into this folder."""
+    attention: Path | None = None
+    """Also write a page (.png) of the one picture named, lit for each word where it looked."""
     json: Path | None = None
-    """Also write the captions, and why a picture has none, to this JSON file."""
+    """Also write the captions to this JSON file."""
+    batch_size: int = 16
+    """Pictures captioned at a time."""
+    workers: int = 2
+    """Threads that read pictures ahead."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Caption pictures and print a line each."""
+    """Caption pictures: a line each, or a file of them."""
     import tyro
 
     flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
     config = files.parse(flags, argv, program="inference.py", description="Caption pictures.")
-    files.check_writable(config.json)
-    photos = find_photos(config.photos, config.annotate)
+    files.check_writable(config.json, config.output, config.attention)
+    photos = find_photos(config.photos, config.annotate, recursive=config.recursive)
+    if config.attention and len(photos) != 1:
+        raise ValueError(f"--attention is of one picture, but {len(photos)} were named")
+    copies = {}
     if config.annotate:
-        pictures = annotated_places(config.annotate, config.photos, photos)
-    checkpoint = named(config.checkpoint, config.ensemble)
-    captioner = Captioner.load(checkpoint, config.device, **asdict(config.decoding))
-    many = len(photos) > 1 or config.photos[0].is_dir()
-    rows: list[dict[str, Any]] = []
-    errors: list[Exception] = []
-    for photo, captions in caption_files(captioner, photos, config.n):
-        if isinstance(captions, Exception):
-            errors.append(captions)
-            reason = files.one_line(files.explain(captions))
-            rows.append({"image": str(photo), "captions": [], "error": reason})
-            continue
-        for each in captions:
-            print(f"{photo}\t{each.text}" if many else each.text, flush=True)
-        if config.annotate:
-            try:
-                write_annotated(pictures[photo], photo, captions[0].text)
-            except (ValueError, OSError) as error:
-                errors.append(ValueError(f"{pictures[photo]} can't be written ({error})"))
-        found = [each._asdict() for each in captions]
-        rows.append({"image": str(photo), "captions": found, "error": None})
-    if config.json and (len(photos) > 1 or rows[0]["captions"]):
-        files.write_json(config.json, rows)
-    if errors and len(photos) == 1:
-        raise errors[0]
-    for error in errors:
-        print(f"left out: {files.one_line(files.explain(error))}", file=sys.stderr)
-    if errors:
-        raise ValueError(f"{len(errors)} of {len(photos)} pictures could not be captioned")
+        copies = annotated_places(config.annotate, config.photos, photos)
+    texts = sidecar_places(photos) if config.write_sidecar else {}
+    form = pick_form(config.output, config.format) if config.output or config.format else None
+    with contextlib.ExitStack() as stack:
+        out = Lines(len(photos) > 1 or config.photos[0].is_dir())
+        if config.output:
+            out = stack.enter_context(open_results(config.output, form, config.n))
+        elif form:
+            out = Results(sys.stdout, FORMS[form], config.n, Path(), None)
+        photos = [photo for photo in photos if str(photo) not in out.known]
+        captioner = Captioner.load(
+            named(config.checkpoint, config.ensemble), config.device, **asdict(config.decoding)
+        )
+        failed = caption_files(captioner, photos, config, out, copies, texts)
+    if config.attention and not failed:
+        write_attention(captioner, config.photos[0], config.attention)
+    if failed and len(photos) == 1 and not form:
+        raise failed[0]
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(photos)} pictures could not be captioned")
+
+
+class Lines:
+    """Prints a picture's captions as plain lines, with its name where there are `many`."""
+
+    known: frozenset[str] = frozenset()
+
+    def __init__(self, many: bool):
+        self.many = many
+
+    def add(self, results: Sequence[Result]) -> None:
+        """Print results; errors go to stderr."""
+        for result in results:
+            if result.error and self.many:
+                print(f"left out: {result.error}", file=sys.stderr)
+            for each in result.captions:
+                print(f"{result.image}\t{each.text}" if self.many else each.text, flush=True)
 
 
 def caption_files(
-    captioner: Captioner, photos: Iterable[Path], n: int
-) -> Iterator[tuple[Path, list[Caption] | Exception]]:
-    """Yield each picture in order with its captions, or with the reason why it can't be read.
+    captioner: Captioner,
+    photos: Sequence[Path],
+    config: Config,
+    out: Lines | Results,
+    copies: dict[Path, Path],
+    texts: dict[Path, Path],
+) -> list[Exception]:
+    """Caption pictures and write what is asked for; return why some have no caption.
 
-    Only reading is forgiven: settings that are wrong for one picture are wrong for all.
+    Only reading and writing are forgiven: settings wrong for one picture are wrong for all.
     """
-    waiting: deque[tuple[Path, Exception | None]] = deque()
+    failed: list[Exception] = []
+    rows: list[dict[str, Any]] = []
+    sizes = {"n": config.n, "batch_size": config.batch_size, "workers": config.workers}
+    captioned = captioner.caption_many(photos, forgiving=True, **sizes)
+    quiet = None if config.output else True  # a bar and printed lines would be in each other's way
+    for photo, captions in tqdm(
+        zip(photos, captioned, strict=True), total=len(photos), unit=" images", disable=quiet
+    ):
+        try:
+            if isinstance(captions, Exception):
+                raise captions
+            if photo in copies:
+                write_annotated(copies[photo], photo, captions[0].text)
+            if photo in texts:
+                files.write_text(texts[photo], f"{captions[0].text}\n")
+            result = Result(str(photo), captions)
+        except (ValueError, OSError) as error:
+            failed.append(error)
+            kept = () if isinstance(captions, Exception) else captions
+            result = Result(str(photo), kept, files.one_line(files.explain(error)))
+        out.add([result])
+        if config.json and result.captions:
+            rows.append(as_json(result))
+    if config.json and rows:
+        files.write_json(config.json, rows)
+    return failed
 
-    def read() -> Iterator[Any]:
-        for photo in photos:
-            try:
-                image = read_image(photo)
-            except (ValueError, OSError) as error:
-                waiting.append((photo, error))
-            else:
-                waiting.append((photo, None))
-                yield image
 
-    for captions in captioner.caption_many(read(), n=n):
-        while waiting[0][1]:
-            yield waiting.popleft()
-        yield waiting.popleft()[0], captions
-    yield from waiting
+def write_attention(captioner: Captioner, photo: Path, path: Path) -> None:
+    """Write the page of what each word of a picture's caption looked at."""
+    (explained,) = captioner.explain(photo)
+    if explained.attention is None:
+        raise ValueError(
+            "this model looks at the whole picture at once, so there is no attention to show; use "
+            "a single model with the transformer or attention-lstm decoder"
+        )
+    plots.attention_page(path, read_image(photo), explained.words, explained.attention)
 
 
 def named(checkpoint: Path | None, ensemble: Sequence[Path]) -> tuple[Path, ...] | None:
     """Return the checkpoints that the flags name, as `Captioner.load` takes them."""
     return (*filter(None, [checkpoint]), *ensemble) or None
-
-
-def find_photos(places: Sequence[Path], made: Path | None = None) -> list[Path]:
-    """Return the pictures named, folders replaced by what they hold, but nothing below `made`.
-
-    Raises ValueError where a folder holds none, and where nothing is named.
-    """
-    if not places:
-        raise ValueError("no picture was named; give files or folders: python inference.py PHOTO")
-    found: list[Path] = []
-    for place in places:
-        inside = list_images(place) if place.is_dir() else [place]
-        if made and place.is_dir() and place.resolve() in made.resolve().parents:
-            below = place / made.resolve().relative_to(place.resolve())
-            inside = [photo for photo in inside if below not in photo.parents]  # made earlier
-        if not inside:
-            raise ValueError(f"no pictures in the folder {place}")
-        found += inside
-    return found
-
-
-# --- captioned pictures
-
-WRITABLE = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
-DESCRIPTION, SOFTWARE = 0x010E, 0x0131  # EXIF tags
-MADE_HERE = "image-captioning --annotate"
-
-
-def annotated_places(folder: Path, places: Sequence[Path], photos: Sequence[Path]) -> dict:
-    """Return the file in `folder` for each picture: its path below the place named, or its name.
-
-    A number is added where that is taken, .png where Pillow can't write the picture's own format.
-    Raises ValueError where a file would be overwritten that was not made so before.
-    """
-    targets: dict[Path, Path] = {}
-    taken: set[Path] = set()
-    for photo in dict.fromkeys(photos):
-        base = next((place for place in places if place in photo.parents), photo.parent)
-        name = photo.relative_to(base)
-        if name.suffix.lower() not in WRITABLE:
-            name = name.with_name(f"{name.name}.png")
-        target, number = folder / name, 2
-        while target in taken:
-            target, number = folder / name.with_stem(f"{name.stem}-{number}"), number + 1
-        if target.exists() and not made_here(target):
-            raise ValueError(
-                f"--annotate {folder} would overwrite {target}, a file of your own; name another "
-                "folder"
-            )
-        targets[photo] = target
-        taken.add(target)
-    files.check_writable(*taken)
-    return targets
-
-
-def made_here(path: Path) -> bool:
-    """Tell whether a picture was written by `write_annotated`."""
-    try:
-        with Image.open(path) as picture:
-            return picture.getexif().get(SOFTWARE) == MADE_HERE
-    except (OSError, ValueError, SyntaxError):
-        return False
-
-
-def write_annotated(target: Path, photo: Path, text: str) -> None:
-    """Write the picture with its caption under it, and in its EXIF description."""
-    picture = plots.annotate(read_image(photo), text)
-    about = Image.Exif()
-    about[DESCRIPTION] = text.encode()  # bytes: Pillow would make ? of all but ASCII
-    about[SOFTWARE] = MADE_HERE
-    with files.replacing(target) as temporary:
-        picture.save(temporary, format=WRITABLE[target.suffix.lower()], quality=92, exif=about)
 
 
 if __name__ == "__main__":

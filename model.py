@@ -198,6 +198,29 @@ class ModelEnsemble(nn.Module):
         """Return None: what several models looked at is not one thing."""
 
 
+@torch.no_grad()
+def mean_model(models: Sequence[CaptionModel]) -> CaptionModel:
+    """Return the first model with the mean of all models' weights (arXiv 2203.05482).
+
+    They must have been trained on from the same weights. Raises ValueError where sizes or words
+    differ.
+    """
+    first, *others = models
+    for each in others:
+        if (each.config, each.vocabulary) != (first.config, first.vocabulary) or (
+            each.encoder.name != first.encoder.name or each.img_size != first.img_size
+        ):
+            raise ValueError("models that are averaged must have the same sizes and the same words")
+    states = [each.state_dict() for each in models]
+    mean = {
+        name: torch.stack([state[name] for state in states]).mean(0)
+        for name, tensor in states[0].items()
+        if tensor.is_floating_point()
+    }
+    first.load_state_dict(mean, strict=False)
+    return first
+
+
 def load_models(
     paths: Sequence[str | Path], device: torch.device | str = "cpu"
 ) -> CaptionModel | ModelEnsemble:

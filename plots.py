@@ -32,20 +32,26 @@ WIDE_FONTS = re.compile(
 
 
 def learning_curve(path: str | Path, rows: list[dict], test_loss: float | None = None) -> None:
-    """Write a picture of a run: losses (left) and validation scores (right) by epoch.
+    """Write a picture of a run by epoch: losses, scores, and below them the learning rate.
 
-    `rows` are those of metrics.csv: `epoch`, `train_loss`, `val_loss`, `CIDEr`, `BLEU-4`, as
-    numbers or text; what is missing, empty or NaN is left out. `test_loss` is a dashed line.
-    The best epoch is that of the highest CIDEr, or BLEU-4 where there is no CIDEr.
+    `rows` are those of metrics.csv: `epoch`, `train_loss`, `val_loss`, `CIDEr`, `BLEU-4`, `reward`,
+    `lr`, as numbers or text; what is missing, empty or NaN is left out. `test_loss` is a dashed
+    line. The best epoch is that of the highest CIDEr, or BLEU-4 where there is no CIDEr; epochs of
+    self-critical training, which have a reward, are shaded.
     """
     from matplotlib.figure import Figure  # never pyplot: it keeps figures and may want a screen
 
-    figure = Figure(figsize=(11, 4.8), dpi=110, layout="constrained")
-    losses, scores = figure.subplots(1, 2)
+    figure = Figure(figsize=(11, 6.2), dpi=110, layout="constrained")
+    panels = figure.subplot_mosaic([["losses", "scores"], ["rate", "rate"]], height_ratios=(4, 1))
+    losses, scores, rate = (panels[name] for name in ("losses", "scores", "rate"))
     draw_losses(losses, rows, test_loss)
     draw_scores(scores, rows)
-    for axes, label in ((losses, "loss"), (scores, "validation score")):
-        finish_axes(axes, label, [number(row.get("epoch")) for row in rows])
+    draw_line(rate, rows, "lr", "_lr", "#555555", ".")
+    epochs = [number(row.get("epoch")) for row in rows]
+    for axes, label in ((losses, "loss"), (scores, "score"), (rate, "learning rate")):
+        shade(axes, rows)
+        finish_axes(axes, label, epochs)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     with replacing(path) as temporary:
         figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
@@ -61,17 +67,25 @@ def draw_losses(axes: Any, rows: list[dict], test_loss: float | None) -> None:
 
 
 def draw_scores(axes: Any, rows: list[dict]) -> None:
-    """Draw CIDEr and BLEU-4 by epoch, and mark the best epoch."""
+    """Draw validation CIDEr and BLEU-4 by epoch, the reward, and mark the best epoch."""
     cider = draw_line(axes, rows, "CIDEr", "CIDEr", "#009E73", "o")
     bleu = draw_line(axes, rows, "BLEU-4", "BLEU-4", "#AA4499", "s")
+    reward = draw_line(axes, rows, "reward", "reward (training)", "#0072B2", "^")
     if points := cider or bleu:
         epoch, score = max(points, key=lambda point: point[1])
         label = f"best: epoch {epoch:g} ({'CIDEr' if cider else 'BLEU-4'} {score:.3f})"
         axes.axvline(epoch, color="#333333", linestyle=":", linewidth=1.5, zorder=1)
         style = {"markersize": 15, "markeredgecolor": "white", "linestyle": "none"}
         axes.plot([epoch], [score], "*", color="#E69F00", label=label, **style)
-        highest = max(score for _, score in cider + bleu)
+        highest = max(score for _, score in cider + bleu + reward)
         axes.set_ylim(0, max(highest * 1.08, 0.01))
+
+
+def shade(axes: Any, rows: list[dict]) -> None:
+    """Shade the epochs of self-critical training."""
+    epochs = [number(row["epoch"]) for row in rows if math.isfinite(number(row.get("reward")))]
+    if epochs:
+        axes.axvspan(min(epochs) - 0.5, max(epochs) + 0.5, color="#0072B2", alpha=0.08, lw=0)
 
 
 def draw_line(
@@ -99,10 +113,10 @@ def finish_axes(axes: Any, label: str, epochs: list[float]) -> None:
     if known := [epoch for epoch in epochs if math.isfinite(epoch)]:
         margin = max(0.5, (max(known) - min(known)) * 0.04)
         axes.set_xlim(min(known) - margin, max(known) + margin)
-    if axes.lines:
+    if axes.get_legend_handles_labels()[1]:
         above = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3}
         axes.legend(**above, frameon=False, fontsize=11, columnspacing=1.2, handlelength=1.6)
-    else:
+    elif not axes.lines:
         axes.text(0.5, 0.5, f"no {label}", transform=axes.transAxes, ha="center", fontsize=12)
         axes.set(xticks=[], yticks=[])
 
@@ -141,6 +155,48 @@ def caption_page(
     page = stacked([heading, *map(side_by_side, rows), Image.new("RGB", (PAGE_WIDTH, GAP), PAPER)])
     with replacing(path) as temporary:
         page.save(temporary, format="PNG")
+
+
+def attention_page(path: str | Path, image: Image.Image, words: list[str], attention: Any) -> None:
+    """Write a PNG page of a picture once for each word, lit where the word looked.
+
+    `attention` (words, rows, columns), of any scale: each word's largest is lit, its least is dark.
+    """
+    image = image.convert("RGB")
+    size = fitted(image.size)
+    whole = stacked([image.resize(size, Image.Resampling.BICUBIC), space(size[0], " ".join(words))])
+    cells = [whole] + [
+        stacked([lit(image, look).resize(size, Image.Resampling.BICUBIC), space(size[0], word)])
+        for word, look in zip(words, attention, strict=True)
+    ]
+    rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
+    page = stacked([*map(side_by_side, rows), Image.new("RGB", (PAGE_WIDTH, GAP), PAPER)])
+    with replacing(path) as temporary:
+        page.save(temporary, format="PNG")
+
+
+def fitted(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the size of a picture in a page's column, at most twice as high as it is wide."""
+    width = (PAGE_WIDTH - GAP * (COLUMNS + 1)) // COLUMNS
+    return width, min(2 * width, max(1, round(width * size[1] / size[0])))
+
+
+def space(width: int, text: str) -> Image.Image:
+    """Return a word or a caption to stand below a picture."""
+    return text_strip(text, width, 20, INK)
+
+
+def lit(image: Image.Image, look: Any) -> Image.Image:
+    """Return the picture, dark but for where `look` (rows, columns) is large."""
+    import numpy as np  # not at the top: whoever draws nothing should not wait for it
+
+    look = np.asarray(look, np.float32) - np.min(look)
+    look = look / max(float(look.max()), 1e-12)
+    mask = Image.fromarray((255 * look).astype(np.uint8)).resize(
+        image.size, Image.Resampling.BICUBIC
+    )
+    dark = Image.blend(image, Image.new("RGB", image.size), 0.75)
+    return Image.composite(image, dark, mask)
 
 
 def captioned_cell(image: Image.Image, caption: str, references: list[str]) -> Image.Image:

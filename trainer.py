@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import files
 from dataset import Batch, mix
-from decoding import START, sample
+from decoding import START, bounded, sample
 from encoder import fingerprint, multiplies_bfloat16
 from layers import Dropout
 from losses import Loss, cross_entropy, self_critical, unlooked
@@ -59,7 +59,8 @@ class TrainConfig:
     grad_clip: float = 1.0
     """Largest norm of the gradient (0: no limit)."""
     ema: float = 0.998
-    """Decay of the average of weights that is evaluated and saved (0: no average)."""
+    """Decay of the average of weights that is evaluated and saved (0: no average); in
+    self-critical training all weights since its beginning count alike."""
     patience: int = 5
     """Stop after this many epochs without a better validation CIDEr (0: never)."""
     seed: int = 0
@@ -228,6 +229,7 @@ class Trainer:
         owner = torch.arange(len(drawn), device=self.device).repeat_interleave(count)
         with self.mixed():
             logits = self.model(inputs, tokens, owner).logits
+        logits = bounded(logits, self.model.config.seq_len)
         advantage = (rewards - baseline).flatten().to(self.device)
         loss = self_critical(logits, tokens, advantage)
         self.rewarded += float(rewards.sum())
@@ -237,9 +239,14 @@ class Trainer:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Move the average a little towards the weights; at the start it follows them closely."""
+        """Move the average a little towards the weights; at the start it follows them closely.
+
+        The self-critical stage has the plain mean of all its weights, those it began with too: its
+        last ones are better at the training images' rewards alone.
+        """
         done = self.step_number - self.first_step
-        decay = min(self.config.ema, (1 + done) / (10 + done))
+        slow = min(self.config.ema, (1 + done) / (10 + done))
+        decay = done / (done + 1) if self.critical else slow
         for name, tensor in self.model.learned():
             if self.config.ema and tensor.is_floating_point():
                 self.average[name].lerp_(tensor, 1 - decay)

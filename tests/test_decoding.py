@@ -331,6 +331,16 @@ def mixed() -> torch.Tensor:
 DETERMINISTIC = [name for name in METHODS if not name.startswith("sample")]
 
 
+def test_bounded_logits_leave_what_decoding_may_choose():
+    logits = torch.randn(2, 5, 8)
+    left = decoding.bounded(logits, max_words=3, min_words=2)
+    free = left > -math.inf
+    assert not free[..., [PAD, START, UNK]].any()
+    assert free[:, :, END].tolist() == [[False, False, True, True, True]] * 2
+    assert free[:, :3, 4:].all() and not free[:, 3:, 4:].any()
+    assert torch.equal(left[free], logits[free])
+
+
 @pytest.mark.parametrize("chance", [0.0, 1 - 2**-24])
 def test_the_least_and_the_largest_chance_draw_possible_words(chance, monkeypatch):
     generator = torch.Generator().manual_seed(0)

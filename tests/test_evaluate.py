@@ -22,6 +22,7 @@ from records import Record
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
+FAULTS = ("bad_endings", "repeats")
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +68,8 @@ def test_the_files_hold_the_scores_of_the_captions_beside_them(run, data, tmp_pa
     }
     made = {row["image_id"]: row["caption"] for row in json.loads(captions.read_text())}
     assert {name: report.pop(name) for name in NAMES} == metrics.score(references, made)
+    faults = {name: report.pop(name) for name in FAULTS}
+    assert faults == metrics.faults(made.values())
     assert report == {
         "dataset": "shapes",
         "split": "val",
@@ -75,7 +78,7 @@ def test_the_files_hold_the_scores_of_the_captions_beside_them(run, data, tmp_pa
     }
     lines = out.splitlines()
     assert lines[0] == "shapes val, 12 images"
-    assert [line.split()[0] for line in lines[1:]] == list(NAMES)
+    assert [line.split()[0] for line in lines[1:]] == [*NAMES, *FAULTS]
     for line in lines[1:]:
         name, value = line.split()
         assert value == f"{json.loads(scores.read_text())[name]:.3f}"
@@ -254,7 +257,7 @@ def test_what_java_scores_is_printed_and_written(records, monkeypatch, tmp_path,
     path = write(tmp_path / "in.json", captions_json(right_captions(records)))
     code, out, _ = script("--captions", path, "--java", "--json", tmp_path / "out.json")
     assert code == 0
-    assert "  METEOR   0.250\n  ROUGE-L" in out and out.endswith("  SPICE    0.125\n")
+    assert "  METEOR   0.250\n  ROUGE-L" in out and "  SPICE    0.125\n" in out
     report = json.loads((tmp_path / "out.json").read_text())
     assert (report["METEOR"], report["SPICE"]) == (0.25, 0.125)
 

@@ -53,3 +53,27 @@ def test_scores_and_training_go_along(checkpoint, tmp_path):
 def test_an_unknown_form_is_one_clear_line(checkpoint, tmp_path, capsys):
     code, _, error = run_script(export, checkpoint, tmp_path / "model.pkl", capsys=capsys)
     assert code == 2 and "end it in .safetensors" in error and not (tmp_path / "model.pkl").exists()
+
+
+def test_the_mean_of_several_checkpoints_is_written(checkpoint, tmp_path, capsys):
+    other, mean = tmp_path / "other.safetensors", tmp_path / "mean.safetensors"
+    tiny_model(seed=14).save(other, training={"epochs": 4})
+    code, *_ = run_script(export, checkpoint, mean, "--average", other, checkpoint, capsys=capsys)
+    assert code == 0
+    first, second, made = (CaptionModel.load(each) for each in (checkpoint, other, mean))
+    for name, tensor in made.state_dict().items():
+        if tensor.is_floating_point():
+            expected = (2 * first.state_dict()[name] + second.state_dict()[name]) / 3
+            torch.testing.assert_close(tensor, expected, atol=5e-3, rtol=2e-3)
+    about, _ = read_checkpoint(mean)
+    assert "scores" not in about
+    assert [each["epochs"] for each in about["training"]["mean_of"]] == [3, 4, 3]
+
+
+def test_models_of_other_words_have_no_mean(checkpoint, tmp_path, capsys):
+    other = tmp_path / "other.safetensors"
+    tiny_model(words=["other", "words"]).save(other)
+    code, _, error = run_script(
+        export, checkpoint, tmp_path / "m.safetensors", "--average", other, capsys=capsys
+    )
+    assert code == 2 and "same words" in error and not (tmp_path / "m.safetensors").exists()

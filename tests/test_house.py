@@ -12,12 +12,13 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from tiers above its own, or from rows above it in its own tier.
 TIERS = (
     ("files", "decoding", "tokenizer", "images", "metrics", "plots", "shapes"),
-    ("download_data", "encoder", "layers", "decoder", "tables", "records", "layouts", "dataset"),
+    ("download_data", "encoder", "layers", "decoder", "tables", "records", "layouts", "dataset",
+     "photos", "results", "report"),
     ("model", "features"),
-    ("losses", "rewards", "inference"),
+    ("losses", "rewards", "generation", "inference"),
     ("evaluate", "export"),
     ("trainer", "presets", "settings", "train"),
-)
+)  # fmt: skip
 ORDER = [module for tier in TIERS for module in tier]
 SCRIPTS = ("download_data", "train", "evaluate", "inference", "export")
 STANDARD = set(sys.stdlib_module_names)

@@ -43,7 +43,7 @@ def ink_rows(strip):
 
 
 def panels(monkeypatch, tmp_path, rows, **how):
-    """The two panels of a learning curve, as matplotlib holds them."""
+    """The three panels of a learning curve, as matplotlib holds them."""
     from matplotlib.figure import Figure
 
     seen = []
@@ -70,7 +70,7 @@ def test_a_learning_curve_is_a_picture_with_both_losses_and_scores(tmp_path):
 
 
 def test_the_lines_of_a_learning_curve_are_its_rows(monkeypatch, tmp_path):
-    losses, scores = panels(monkeypatch, tmp_path, ROWS, test_loss=2.5)
+    losses, scores, _ = panels(monkeypatch, tmp_path, ROWS, test_loss=2.5)
     for axes, label, key in (
         (losses, "training", "train_loss"),
         (losses, "validation", "val_loss"),
@@ -82,20 +82,32 @@ def test_the_lines_of_a_learning_curve_are_its_rows(monkeypatch, tmp_path):
 
 
 def test_the_best_epoch_is_marked_at_the_highest_cider(monkeypatch, tmp_path):
-    _, scores = panels(monkeypatch, tmp_path, ROWS)
+    _, scores, _ = panels(monkeypatch, tmp_path, ROWS)
     assert lines_of(scores)["best: epoch 7 (CIDEr 0.600)"] == [[7, 0.6]]
     assert scores.get_ylim()[1] > 0.6
 
 
 def test_without_cider_the_best_epoch_is_that_of_bleu(monkeypatch, tmp_path):
-    _, scores = panels(monkeypatch, tmp_path, [{**row, "CIDEr": ""} for row in ROWS])
+    _, scores, _ = panels(monkeypatch, tmp_path, [{**row, "CIDEr": ""} for row in ROWS])
     assert lines_of(scores)["best: epoch 10 (BLEU-4 0.200)"] == [[10, 0.2]]
+
+
+def test_the_learning_rate_and_the_reward_are_drawn_and_their_stage_shaded(monkeypatch, tmp_path):
+    rows = [{**row, "reward": ""} for row in ROWS]
+    rows += [{"epoch": 11, "CIDEr": 0.7, "reward": 0.8, "lr": 1e-5, "train_loss": ""}]
+    losses, scores, rate = panels(monkeypatch, tmp_path, rows)
+    assert lines_of(scores)["reward (training)"] == [[11, 0.8]]
+    assert [y for _, y in lines_of(rate)["_lr"]] == [row["lr"] for row in rows]
+    for axes in (losses, scores, rate):
+        (span,) = axes.patches
+        assert span.get_extents().transformed(axes.transData.inverted()).x0 == pytest.approx(10.5)
+    assert not panels(monkeypatch, tmp_path, ROWS)[0].patches
 
 
 def test_missing_values_are_left_out_of_a_learning_curve(monkeypatch, tmp_path):
     rows = [dict(ROWS[0], CIDEr=""), dict(ROWS[1], CIDEr=math.nan), ROWS[2], {"epoch": "4"}]
     rows.append({key: str(value) for key, value in ROWS[4].items()})
-    losses, scores = panels(monkeypatch, tmp_path, rows)
+    losses, scores, _ = panels(monkeypatch, tmp_path, rows)
     assert [x for x, _ in lines_of(losses)["training"]] == [1, 2, 3, 5]
     assert [x for x, _ in lines_of(scores)["CIDEr"]] == [3, 5]
 
@@ -108,20 +120,20 @@ def test_a_run_that_has_hardly_begun_has_a_learning_curve(rows, tmp_path):
 
 def test_a_run_without_validation_says_so(monkeypatch, tmp_path):
     rows = [{"epoch": row["epoch"], "train_loss": row["train_loss"]} for row in ROWS]
-    losses, scores = panels(monkeypatch, tmp_path, rows)
+    losses, scores, _ = panels(monkeypatch, tmp_path, rows)
     assert list(lines_of(losses)) == ["training"]
-    assert [text.get_text() for text in scores.texts] == ["no validation score"]
+    assert [text.get_text() for text in scores.texts] == ["no score"]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10])
 def test_epochs_are_whole_numbers(count, monkeypatch, tmp_path):
-    losses, _ = panels(monkeypatch, tmp_path, ROWS[:count])
+    losses, *_ = panels(monkeypatch, tmp_path, ROWS[:count])
     ticks = losses.get_xticks()
     assert len(ticks) and all(tick == int(tick) for tick in ticks)
 
 
 def test_legends_stand_outside_the_lines(monkeypatch, tmp_path):
-    for axes in panels(monkeypatch, tmp_path, ROWS, test_loss=2.5):
+    for axes in panels(monkeypatch, tmp_path, ROWS, test_loss=2.5)[:2]:
         legend, frame = axes.get_legend().get_window_extent(), axes.get_window_extent()
         assert legend.y0 >= frame.y1
         assert legend.y1 <= axes.figure.bbox.y1
@@ -321,3 +333,25 @@ def test_a_failing_write_leaves_the_old_picture(writer, monkeypatch, tmp_path):
         getattr(plots, writer)(path, [])
     assert path.read_bytes() == b"the old picture"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_word_lights_what_it_looked_at():
+    white = Image.new("RGB", (90, 60), "white")
+    look = np.zeros((2, 3))
+    look[0, 2] = 0.4
+    pixels = np.asarray(plots.lit(white, look))[..., 0]
+    assert pixels[5, 85] > 250 and pixels[50, 5] < 80
+    even = np.asarray(plots.lit(white, np.full((2, 3), 0.2)))
+    assert even.max() - even.min() <= 1
+
+
+@pytest.mark.parametrize("size", [(400, 300), (30, 900), (900, 30)])
+def test_an_attention_page_has_a_picture_a_word(size, tmp_path):
+    words = ["a", "very", "long", "caption", "of", "exactly", "nine", "words", "here"]
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    plots.attention_page(tmp_path / "page.png", image, words, rng.random((9, 7, 7)))
+    page = np.asarray(Image.open(tmp_path / "page.png"))
+    assert page.shape[1] == 1600 and page.shape[0] > 100
+    with pytest.raises(ValueError):
+        plots.attention_page(tmp_path / "page.png", image, words, rng.random((8, 7, 7)))

@@ -14,7 +14,7 @@ from tiny import SMALL, WORDS, assert_same_run, losses, run_code, tiny_model
 import train
 from dataset import Batch, Vocabulary
 from decoder import DecoderConfig
-from decoding import END, PAD, sample
+from decoding import END, NEVER, PAD, sample
 from encoder import Encoder
 from model import CaptionModel, read_checkpoint
 from records import Record
@@ -141,6 +141,36 @@ def test_drawn_captions_are_read_again_with_the_probability_they_were_drawn_with
     found = told.masked_fill(rows[:, 1:] == PAD, 0).sum(-1)
     torch.testing.assert_close(found, spoken.log_prob.flatten(), atol=1e-4, rtol=1e-4)
     assert (spoken.tokens == END).sum() == 8
+
+
+def test_words_that_are_never_drawn_are_not_taught(monkeypatch):
+    trainer, batch = trainer_of_two()
+    trainer.begin(critical=True)
+    forward, told = trainer.model.decoder.forward, []
+
+    def watched(*given):
+        taught = forward(*given)
+        taught.logits.retain_grad()
+        told.append(taught.logits)
+        return taught
+
+    monkeypatch.setattr(trainer.model.decoder, "forward", watched)
+    trainer.step(batch)
+    (logits,) = told
+    assert not logits.grad[..., list(NEVER)].any() and not logits.grad[:, 0, END].any()
+    assert logits.grad[:, 1:, END].any()
+
+
+def test_the_stage_averages_all_its_weights_alike():
+    trainer, batch = trainer_of_two(scst_lr=3e-3)
+    trainer.step(batch)
+    trainer.begin(critical=True)
+    name = "decoder.embedding.weight"
+    seen = [trainer.model.state_dict()[name].clone()]
+    for _ in range(4):
+        trainer.step(batch)
+        seen.append(trainer.model.state_dict()[name].clone())
+    torch.testing.assert_close(trainer.average[name], torch.stack(seen).mean(0))
 
 
 def test_dropout_is_off_and_all_else_as_in_training():
