@@ -13,6 +13,7 @@ import re
 import stat
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,8 @@ def run(main: Callable[[], Any]) -> None:
     """Run a script's `main`; exit with 2 and one line for a user's mistake or a full disk."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without é gets \xe9, not an error
         sys.stdout.reconfigure(errors="backslashreplace")
+    # Pillow's two lines about a file: what can't be read is told in one, by name.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         main()
         sys.stdout.flush()  # here, where a failure can still be told

@@ -16,8 +16,7 @@ from decoding import PAD, Decoded, beam_search, greedy, sample
 from model import CaptionModel, ModelEnsemble
 from results import Caption
 
-# What bounds the memory of a batch, whatever is asked for: beams of one image, beams of all images.
-MOST_BEAMS, MOST_ROWS = 1000, 4096
+MOST_BEAMS = 1000  # of one image, which bounds the memory it takes
 
 
 @dataclass(frozen=True)

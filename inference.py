@@ -24,7 +24,7 @@ import files
 import plots
 from decoding import Decoded
 from encoder import image_transform
-from generation import MOST_ROWS, DecodingConfig, decode, pick_device, spoken
+from generation import DecodingConfig, decode, pick_device, spoken
 from images import read_image
 from model import CaptionModel, ModelEnsemble, checkpoint_file, load_models
 from onnx_model import OnnxModel, is_onnx, load_onnx
@@ -32,7 +32,9 @@ from photos import annotated_places, find_photos, sidecar_places, write_annotate
 from results import FORMS, Caption, Result, Results, as_json, open_results, pick_form
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
-MOST_PIXELS = 2**23  # of a batch, as the CNN sees it: what bounds its memory
+# What bounds the memory of a batch, whatever is asked for: beams of all its images, and their
+# pixels as the CNN sees them.
+MOST_ROWS, MOST_PIXELS = 4096, 2**23
 
 
 class Explained(NamedTuple):
@@ -111,10 +113,9 @@ class Captioner:
     ) -> Iterator[list[Caption]]:
         """Yield the `n` best captions of each picture, in order, reading as it goes.
 
-        `workers` threads read pictures ahead, two batches at most; of no picture more is kept than
-        the CNN sees. A batch is made smaller where pictures or beams are large: that changes no
-        caption. At a picture that can't be read raises ValueError or OSError; if `forgiving`,
-        yields the error in place of its captions.
+        `workers` threads read pictures ahead, two batches at most. A batch is made smaller where
+        its beams or the CNN's pixels are many: that changes no caption. At a picture that can't be
+        read raises ValueError or OSError; if `forgiving`, yields the error in place of captions.
         """
         if batch_size < 1 or workers < 0:
             raise ValueError(

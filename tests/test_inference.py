@@ -349,12 +349,7 @@ def test_one_bad_photo_among_several_costs_only_itself(captioner, run, photos, t
         f"left out: No such file or directory: {lost}",
         "error: 2 of 4 pictures could not be captioned",
     ]
-    rows = json.loads(output.read_text())
-    assert [row["image"] for row in rows] == list(map(str, [good[0], bad, lost, good[1]]))
-    assert [len(row["captions"]) for row in rows] == [1, 0, 0, 1]
-    assert [row["error"] for row in rows] == [
-        None, *(line.removeprefix("left out: ") for line in err.splitlines()[:2]), None
-    ]  # fmt: skip
+    assert [row["image"] for row in json.loads(output.read_text())] == list(map(str, good))
 
 
 def test_a_bad_photo_alone_is_one_line_and_writes_nothing(run, tmp_path, script):

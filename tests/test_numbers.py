@@ -13,7 +13,7 @@ import train
 from dataset import CaptionDataset, Record, get_loader
 from encoder import image_transform
 from features import cached_features
-from inference import DecodingConfig, decode, spoken
+from generation import DecodingConfig, decode, spoken
 from losses import cross_entropy
 
 LINES = ("a red circle", "a blue square on a dog", "café", "zebra a a a")

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
-from tiny import METHODS, picture, tiny_model
+from tiny import METHODS, picture, run_script, tiny_model
 
 import inference
 from encoder import build_encoder
@@ -220,6 +221,17 @@ def test_a_state_dict_that_unpacks_to_far_more_than_the_file_is_no_captioner(tmp
 
 
 # --- the memory of a batch
+
+
+def test_a_script_says_one_line_of_a_picture_too_large(run, tmp_path, capsys, recwarn):
+    Image.new("1", (9460, 9460)).save(tmp_path / "bomb.png")
+    code, out, err = run_script(
+        inference, tmp_path / "bomb.png", "--checkpoint", run, capsys=capsys
+    )
+    assert (code, out, err.count("\n"), len(recwarn)) == (2, "", 1, 0)
+    assert (
+        "bomb.png is not an image that can be read (9460 x 9460 pixels; at most 89,478,485" in err
+    )
 
 
 def test_a_batch_is_made_smaller_where_beams_or_pixels_are_many(run, monkeypatch):
