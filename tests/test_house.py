@@ -17,7 +17,7 @@ TIERS = (
     ("model", "features"),
     ("losses", "rewards", "generation", "inference"),
     ("evaluate", "export"),
-    ("trainer", "presets", "settings", "train"),
+    ("trainer", "presets", "settings", "runs", "train"),
 )  # fmt: skip
 ORDER = [module for tier in TIERS for module in tier]
 SCRIPTS = ("download_data", "train", "evaluate", "inference", "export")
