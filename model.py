@@ -206,10 +206,13 @@ def mean_model(models: Sequence[CaptionModel]) -> CaptionModel:
     differ.
     """
     first, *others = models
+
+    def made_of(model: CaptionModel) -> tuple[Any, ...]:
+        sizes = replace(model.config, dropout=0.0)  # which training may have changed
+        return sizes, model.vocabulary, model.encoder.name, model.encoder.grid, model.img_size
+
     for each in others:
-        if (each.config, each.vocabulary) != (first.config, first.vocabulary) or (
-            each.encoder.name != first.encoder.name or each.img_size != first.img_size
-        ):
+        if made_of(each) != made_of(first):
             raise ValueError("models that are averaged must have the same sizes and the same words")
     states = [each.state_dict() for each in models]
     mean = {
