@@ -143,8 +143,8 @@ def make_records(
     places = image_files(folders, names)
     if not places:
         raise SplitMissingError(
-            f"no image of the {split} split in {root} or its folders (wanted {str(names[0])[:100]} and "
-            f"{len(names) - 1} more)"
+            f"no image of the {split} split in {root} or its folders (wanted "
+            f"{str(names[0])[:100]} and {len(names) - 1} more)"
         )
     described = {name: tuple(filter(None, captions.get(name, ()))) for name in names}
     if not any(described.values()):
@@ -184,6 +184,6 @@ def check_inside(name: str, folder: Path, where: str = "") -> None:
     """Raise ValueError, begun by `where`, where the image path `name` leads out of `folder`."""
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise ValueError(
-            f"{where}the image path {name[:100]!r} leaves the dataset's folder {folder}; images must lie "
-            "in it"
+            f"{where}the image path {name[:100]!r} leaves the dataset's folder {folder}; "
+            "images must lie in it"
         )
