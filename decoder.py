@@ -197,7 +197,7 @@ class Transformer(Decoder):
     def embed(self, tokens: Tensor, position: Tensor | int) -> Tensor:
         """Return the first layer's words (…, D) of `tokens` (…) at their places in the caption."""
         # Not scaled by the root of D: the tied output would begin by repeating the word read.
-        if isinstance(position, int):
+        if not isinstance(position, Tensor):  # int, or in an export an int still unknown
             return self.dropout(self.embedding(tokens) + self.word_position[position])
         # index_select here and below: the gradient of word_position[position] is added up by the
         # CPU's threads in an order by chance, so that no run would be like another.

@@ -23,6 +23,7 @@ from generation import DecodingConfig, decode, spoken
 from inference import Captioner, named
 from layouts import DATASETS, load_split
 from model import CaptionModel, ModelEnsemble
+from onnx_model import OnnxModel
 from records import SPLITS, Record, leave_out
 from report import write_report
 
@@ -207,6 +208,11 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
         how: dict[str, Any] = {"captions": config.captions.name}
     else:
         captioner = Captioner.load(named(config.checkpoint, config.ensemble), config.device)
+        if isinstance(captioner.model, OnnxModel):
+            raise ValueError(
+                f"{config.checkpoint} has no encoder of its own to score with; give the "
+                "checkpoint that it was exported from"
+            )
         features = split_features(
             captioner.model, records, batch_size=config.batch_size, workers=config.workers
         )

@@ -27,6 +27,7 @@ from encoder import image_transform
 from generation import DecodingConfig, decode, pick_device, spoken
 from images import read_image
 from model import CaptionModel, ModelEnsemble, checkpoint_file, load_models
+from onnx_model import OnnxModel, is_onnx, load_onnx
 from photos import annotated_places, find_photos, sidecar_places, write_annotated
 from results import FORMS, Caption, Result, Results, as_json, open_results, pick_form
 
@@ -52,7 +53,11 @@ class Explained(NamedTuple):
 class Captioner:
     """A model at hand: give it pictures, it gives captions."""
 
-    def __init__(self, model: CaptionModel | ModelEnsemble, decoding: DecodingConfig | None = None):
+    def __init__(
+        self,
+        model: CaptionModel | ModelEnsemble | OnnxModel,
+        decoding: DecodingConfig | None = None,
+    ):
         """`decoding`: how words are chosen unless a call says otherwise."""
         self.model = model.eval()
         self.decoding = decoding or DecodingConfig()
@@ -65,7 +70,7 @@ class Captioner:
         device: torch.device | str = "auto",
         **decoding: Any,
     ) -> "Captioner":
-        """Return the captioner of a checkpoint: a model file, or the folder of a run.
+        """Return the captioner of a checkpoint: a model file (.onnx too), or the folder of a run.
 
         Several checkpoints are an ensemble. `decoding` are fields of `DecodingConfig`. With no
         checkpoint the shipped model is used; raises FileNotFoundError where there is none.
@@ -79,7 +84,10 @@ class Captioner:
                 )
             print(f"using the shipped model {SHIPPED}", file=sys.stderr)
         paths = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
-        model = load_models(paths, pick_device(device))
+        if any(map(is_onnx, paths)):
+            model = load_onnx(paths, device)
+        else:
+            model = load_models(paths, pick_device(device))
         return cls(model, DecodingConfig(**decoding))
 
     def caption(self, image: Any, *, n: int = 1, **decoding: Any) -> str | list[str]:
@@ -249,7 +257,7 @@ class Config:
     attention: Path | None = None
     """Also write a page (.png) of the one picture named, lit for each word where it looked."""
     json: Path | None = None
-    """Also write the captions to this JSON file."""
+    """Also write the captions, and why a picture has none, to this JSON file."""
     batch_size: int = 16
     """Pictures captioned at a time."""
     workers: int = 2
@@ -342,9 +350,9 @@ def caption_files(
             kept = () if isinstance(captions, Exception) else captions
             result = Result(str(photo), kept, files.one_line(files.explain(error)))
         out.add([result])
-        if config.json and result.captions:
+        if config.json:
             rows.append(as_json(result))
-    if config.json and rows:
+    if config.json and (len(photos) > 1 or any(row["captions"] for row in rows)):
         files.write_json(config.json, rows)
     return failed
 

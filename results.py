@@ -56,7 +56,7 @@ class Csv:
     def line(self, result: Result, n: int, folder: Path) -> str:
         cells = [cell for each in result.captions for cell in (each.text, f"{each.score:.4f}")]
         return self.joined(
-            [result.image, *cells, *[""] * (2 * n - len(cells)), plain(result.error)]
+            [result.image, *cells, *[""] * (2 * n - len(cells)), files.one_line(result.error)]
         )
 
     def image(self, line: str) -> str:
@@ -103,7 +103,8 @@ class Page:
         name = html.escape(result.image)
         words = [html.escape(each.text) for each in result.captions]
         if result.error:
-            return f'<figure data-image="{name}"><figcaption>{html.escape(plain(result.error))}'
+            error = html.escape(files.one_line(result.error))
+            return f'<figure data-image="{name}"><figcaption>{error}</figcaption></figure>'
         address = html.escape(quote(os.path.relpath(result.image, folder)))
         more = "".join(f"<small>{each}</small>" for each in words[1:])
         return (
@@ -117,11 +118,6 @@ class Page:
 
 
 FORMS: dict[str, Form] = {"csv": Csv(), "jsonl": JsonLines(), "html": Page()}
-
-
-def plain(text: str) -> str:
-    """Return a text on one line."""
-    return " ".join(text.split())
 
 
 def as_json(result: Result) -> dict[str, Any]:

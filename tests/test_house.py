@@ -12,20 +12,26 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from tiers above its own, or from rows above it in its own tier.
 TIERS = (
     ("files", "decoding", "tokenizer", "images", "metrics", "plots", "shapes"),
-    ("download_data", "encoder", "layers", "decoder", "tables", "records", "layouts", "dataset",
-     "photos", "results", "report"),
-    ("model", "features"),
+    ("archives", "download_data", "encoder", "layers", "decoder", "tables", "records", "layouts",
+     "dataset", "photos", "results", "report"),
+    ("model", "onnx_model", "features"),
     ("losses", "rewards", "generation", "inference"),
-    ("evaluate", "export"),
-    ("trainer", "presets", "settings", "train"),
+    ("evaluate", "export", "hubconf"),
+    ("trainer", "presets", "settings", "runs", "train", "app"),
 )  # fmt: skip
 ORDER = [module for tier in TIERS for module in tier]
-SCRIPTS = ("download_data", "train", "evaluate", "inference", "export")
+SCRIPTS = ("download_data", "train", "evaluate", "inference", "export", "app")
 STANDARD = set(sys.stdlib_module_names)
 LIBRARIES = {
     "torch", "torchvision", "PIL", "numpy", "tqdm", "requests", "tyro", "safetensors", "filelock",
-    "matplotlib", "pycocoevalcap",
+    "matplotlib", "pycocoevalcap", "onnx", "onnxscript", "onnxruntime", "flask", "waitress",
 }  # fmt: skip
+# Libraries that not everybody installs: which file asks for them, and who alone may use them.
+EXTRAS = {
+    "requirements-app.txt": {"flask", "waitress"},
+    "requirements-onnx.txt": {"onnx", "onnxscript", "onnxruntime"},
+    "requirements-dev.txt": {"pycocoevalcap"},
+}
 
 
 def imported(path: Path) -> set[str]:
@@ -119,8 +125,28 @@ def test_the_readmes_commands_parse(command, monkeypatch):
         script.main(command[1:])
 
 
+def asked_for(file: str) -> set[str]:
+    """Return the names of the packages in a file of requirements."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return {re.split(r"[<>=]", line)[0].strip().lower() for line in lines if line[:1].isalpha()}
+
+
 def test_the_requirements_are_the_libraries_used():
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
-    asked = {re.split(r"[<>=]", line)[0].lower() for line in lines}
-    used = {name.lower().replace("pil", "pillow") for name in LIBRARIES - {"pycocoevalcap"}}
-    assert asked == used
+    used = {name.lower().replace("pil", "pillow") for name in LIBRARIES}
+    assert asked_for("requirements.txt") == used - set().union(*EXTRAS.values())
+    assert asked_for("requirements-app.txt") == EXTRAS["requirements-app.txt"]
+    assert asked_for("requirements-onnx.txt") == EXTRAS["requirements-onnx.txt"]
+    assert asked_for("requirements-dev.txt") >= EXTRAS["requirements-dev.txt"]
+
+
+def test_the_web_page_alone_needs_its_libraries():
+    users = {module for module in ORDER if imported(ROOT / f"{module}.py") & {"flask", "waitress"}}
+    assert users == {"app"}
+
+
+def test_conda_users_get_what_pip_users_get():
+    """conda takes Python alone; the rest is requirements.txt itself, so that nothing can differ."""
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert re.findall(r"-r (\S+)", text) == ["requirements.txt"]
+    listed = text.split("dependencies:")[1]
+    assert re.findall(r"^ +- ([a-z]+)", listed, re.MULTILINE) == ["python", "pip", "pip"]
