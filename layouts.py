@@ -124,7 +124,8 @@ def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> list[Recor
     parts: dict[str, str] = {}
     for name, part, lines in images:
         if parts.setdefault(name, part) != part:
-            raise ValueError(f"{path}: {name} is in the splits {parts[name]} and {part}")
+            both = f"{parts[name][:20]} and {part[:20]}"
+            raise ValueError(f"{path}: {name[:100]} is in the splits {both}")
         if part in wanted:
             captions.setdefault(name, []).extend(lines)
     if not captions:

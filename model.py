@@ -122,7 +122,7 @@ class CaptionModel(nn.Module):
             with torch.device("meta"):  # nothing is drawn that the file's weights replace
                 model = cls._described(about)
         except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-            reason = str(error).split("\n")[0]
+            reason = str(error).split("\n")[0][:300]
             raise ValueError(
                 f"{path} does not describe a model that this version can build ({reason}); use the "
                 "version of the project that wrote it"
@@ -307,10 +307,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
             header = file.metadata() or {}
             names = file.keys()
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-        if header.get("format") != json.dumps(FORMAT):  # other programs' needn't be JSON
+        said = str(header.get("format"))[:60]
+        if said != json.dumps(FORMAT):  # other programs' needn't be JSON
             raise ValueError(
                 f"{path} is not a captioning model of this version: its header has the format "
-                f"{header.get('format')}, expected {json.dumps(FORMAT)}; train it anew, or use "
+                f"{said}, expected {json.dumps(FORMAT)}; train it anew, or use "
                 "the version of the project that wrote it"
             )
         about = {key: json.loads(value) for key, value in header.items()}

@@ -42,7 +42,8 @@ def leave_out(lost: Sequence[str], total: int, what: str) -> None:
     """Log the images that are left out and why; more than 1 % of `total` is a ValueError."""
     if not lost:
         return
-    shown = ", ".join(lost[:10]) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
+    shown = ", ".join(str(each)[:100] for each in lost[:10])
+    shown += f" and {len(lost) - 10} more" if len(lost) > 10 else ""
     line = f"{len(lost)} of {total} images {what}: {shown}"
     if len(lost) > MAX_LEFT_OUT * total:
         raise ValueError(f"{line}; more than 1 % is too many to leave out, repair the dataset")
@@ -142,12 +143,14 @@ def make_records(
     places = image_files(folders, names)
     if not places:
         raise SplitMissingError(
-            f"no image of the {split} split in {root} or its folders (wanted {names[0]} and "
-            f"{len(names) - 1} more)"
+            f"no image of the {split} split in {root} or its folders (wanted "
+            f"{str(names[0])[:100]} and {len(names) - 1} more)"
         )
     described = {name: tuple(filter(None, captions.get(name, ()))) for name in names}
     if not any(described.values()):
-        raise SplitMissingError(f"no captions of the {split} split in {root} (wanted {names[0]} …)")
+        raise SplitMissingError(
+            f"no captions of the {split} split in {root} (wanted {str(names[0])[:100]} …)"
+        )
     lost = [name for name in names if name not in places or not described[name]]
     leave_out(lost, len(names), f"of the {split} split have no image file or no caption")
     return [
@@ -181,6 +184,6 @@ def check_inside(name: str, folder: Path, where: str = "") -> None:
     """Raise ValueError, begun by `where`, where the image path `name` leads out of `folder`."""
     if os.path.isabs(name) or ".." in Path(name).parts:
         raise ValueError(
-            f"{where}the image path {name!r} leaves the dataset's folder {folder}; images must lie "
-            "in it"
+            f"{where}the image path {name[:100]!r} leaves the dataset's folder {folder}; "
+            "images must lie in it"
         )
