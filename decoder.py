@@ -198,7 +198,7 @@ class Transformer(Decoder):
         """Return the first layer's words (…, D) of `tokens` (…) at their places in the caption."""
         # Not scaled by the root of D: the tied output would begin by repeating the word read.
         if not isinstance(position, Tensor):  # int, or in an export an int still unknown
-            return self.dropout(self.embedding(tokens) + self.word_position[position])
+            return self.dropout(self.embedding(tokens) + self.word_position.select(0, position))
         # index_select here and below: the gradient of word_position[position] is added up by the
         # CPU's threads in an order by chance, so that no run would be like another.
         place = self.word_position.index_select(0, position)

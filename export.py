@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import files
 from decoding import END, NEVER, START, State
-from encoder import MEAN, STD, TRANSFORM, fingerprint
+from encoder import MEAN, STD, TRANSFORM, fingerprint, folded
 from model import CaptionModel, checkpoint_file, mean_model, read_checkpoint
 from onnx_model import FORMAT, optional, step_file
 
@@ -95,6 +95,8 @@ def write_onnx(model: CaptionModel, output: Path, story: dict[str, Any]) -> list
     with optional():
         import onnx  # noqa: F401 (torch imports both, when it is late)
         import onnxscript  # noqa: F401
+    about = {"format": FORMAT, "model": fingerprint(model)}  # the same in files that go together
+    model.encoder = folded(model.encoder)  # smaller; and torch 2.6 can't write BatchNorm
     images, token = torch.zeros(2, 3, model.img_size, model.img_size), torch.full((2, 3), START)
     state = model.decoder.start(model.remember(images))
     # Torch takes a length of 0 or 1 for one that never changes, so the example is two words on.
@@ -102,7 +104,9 @@ def write_onnx(model: CaptionModel, output: Path, story: dict[str, Any]) -> list
     two = model.decoder.step(token, one)[1]
     image = [f"image.{number}" for number in range(len(state.image))]
     beam = [f"beam.{number}" for number in range(len(state.beam))]
-    batch, beams, said = (torch.export.Dim(axis) for axis in ("images", "beams", "words"))
+    # Bounds only because torch 2.6 asks for them: the graphs know none.
+    batch, beams = (torch.export.Dim(axis, max=2**16) for axis in ("images", "beams"))
+    said = torch.export.Dim("words", max=model.config.seq_len)
     shapes = [{0: batch} for _ in two.image]
     for old, new in zip(one.beam, two.beam, strict=True):
         grown = {axis: said for axis in range(old.dim()) if old.shape[axis] != new.shape[axis]}
@@ -115,7 +119,6 @@ def write_onnx(model: CaptionModel, output: Path, story: dict[str, Any]) -> list
         ["token", *image, *beam],
         ["log_probs", *(f"next_{name}" for name in beam)],
     )
-    about = {"format": FORMAT, "model": fingerprint(model)}  # the same in files that go together
     write_graph(output, first, {**about, **described(model), "shared": len(state.image)})
     write_graph(step_file(output), step, about)
     return [output, step_file(output)]
@@ -124,24 +127,31 @@ def write_onnx(model: CaptionModel, output: Path, story: dict[str, Any]) -> list
 def traced(
     module: nn.Module, example: tuple, shapes: tuple, inputs: list[str], outputs: list[str]
 ) -> Any:
-    """Return the ONNX graph (a protocol buffer) of what `module` does with `example`."""
-    log = logging.getLogger("torch.onnx")
+    """Return the ONNX graph (a protocol buffer) of what `module` does with `example`.
+
+    Raises ValueError where this version of torch can't write it.
+    """
+    log = logging.getLogger("torch")
     level = log.level
     with warnings.catch_warnings(), redirect_stdout(StringIO()):  # torch's notes to its makers
         warnings.simplefilter("ignore")
-        log.setLevel(logging.ERROR)
+        log.setLevel(logging.CRITICAL)
         try:
-            program = torch.onnx.export(
-                module.eval(),
-                example,
-                dynamo=True,
-                dynamic_shapes=shapes,
-                input_names=inputs,
-                output_names=outputs,
+            # Traced here: torch.onnx would try other ways, which may fix the sizes to these.
+            program = torch.export.export(
+                module.eval(), example, dynamic_shapes=shapes, strict=False
             )
+            return torch.onnx.export(
+                program, dynamo=True, input_names=inputs, output_names=outputs, verbose=False
+            ).model_proto
+        except Exception as error:  # of many classes
+            reason = " ".join(str(error.__cause__ or error).split())[:200]
+            raise ValueError(
+                f"torch {torch.__version__} can't write this model as ONNX, a newer one may "
+                f"({reason})"
+            ) from error
         finally:
             log.setLevel(level)
-    return program.model_proto
 
 
 def described(model: CaptionModel) -> dict[str, Any]:

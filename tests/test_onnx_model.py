@@ -30,7 +30,7 @@ def pair(folder, decoder):
     """Return the path of a tiny model's checkpoint, and of the same model in ONNX."""
     installed("onnx", "onnxscript", "onnxruntime")
     checkpoint, graph = folder / f"{decoder}.safetensors", folder / f"{decoder}.onnx"
-    tiny_model(decoder=decoder).save(checkpoint)
+    tiny_model(seed=3, decoder=decoder).save(checkpoint)  # whose captions differ, of every decoder
     export.export(checkpoint, graph)
     return checkpoint, graph
 
@@ -167,3 +167,15 @@ def test_without_onnxruntime_captioning_says_what_to_install(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ValueError, match="ONNX needs onnxruntime: pip install -r requirements-o"):
         Captioner.load(tmp_path / "model.onnx")
+
+
+def test_what_torch_cannot_write_is_one_line_and_leaves_no_file(run, tmp_path, monkeypatch, capsys):
+    installed("onnx", "onnxscript")
+
+    def fail(*args, **keywords):
+        raise RuntimeError("no such operator\nand a long story")
+
+    monkeypatch.setattr("torch.export.export", fail)
+    code, _, said = run_script(export, run, tmp_path / "model.onnx", capsys=capsys)
+    assert code == 2 and said.count("\n") == 1 and "can't write this model as ONNX" in said
+    assert not list(tmp_path.iterdir())
