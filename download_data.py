@@ -11,30 +11,28 @@ its own name only when it is whole.
 
 import hashlib
 import os
-import posixpath
 import re
 import shutil
-import stat
 import sys
 import time
-import zipfile
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import requests
 import tyro
 from tqdm import tqdm
 
 import files
+from archives import MARKER, unpack
 
 ATTEMPTS = 3  # in a row on one mirror that bring no new byte
 PAUSE = 1.0  # seconds before another attempt, doubled at each
 TIMEOUT = (15, 60)  # seconds to connect, and without a byte
 CHUNK = 1 << 16  # small, for what was read of one is lost when the connection breaks inside it
 ASK = 5e9  # bytes; a larger download is asked for
+SURPLUS = 1.5  # times its size: more than that of a file is another file
 BYTES = {"unit": "B", "unit_scale": True, "disable": None}  # a bar's look; none without terminal
-MARKER = ".unpacked.json"  # inside an unpacked folder: the archive it is from
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,8 @@ def fill(folder: Path, wanted: list[File], archives: Path | None, keep: bool, ye
     if download > ASK and not yes:
         confirm(in_units(download))
     for file in missing:
-        unpack(at_hand.get(file) or fetch(file, downloads), file, folder)
+        archive = at_hand.get(file) or fetch(file, downloads)
+        unpack(archive, folder / file.folder, {"archive": file.name, "md5": file.md5})
         clear(file, downloads, keep)
     print(f"{folder} is ready")
 
@@ -272,7 +271,7 @@ def fetch(file: File, folder: Path) -> Path:
         for url in (mirror + file.name for mirror in file.mirrors):
             print(f"downloading {url}", flush=True)
             try:
-                download(session, url, part, file.md5)
+                download(session, url, part, file)
             except (requests.RequestException, ValueError) as error:
                 faults.append(f"{url} ({describe(error)})")
                 print(f"failed: {describe(error)}", flush=True)
@@ -285,35 +284,40 @@ def fetch(file: File, folder: Path) -> Path:
     )
 
 
-def download(session: requests.Session, url: str, part: Path, md5: str) -> None:
+def download(session: requests.Session, url: str, part: Path, file: File) -> None:
     """Complete `part` from `url`; a wrong checksum removes it and is a ValueError."""
+    most = int(SURPLUS * file.size)
     for last in (False, True):
-        in_one_piece = complete(session, url, part)
-        if (actual := md5_of(part)) == md5:
+        in_one_piece = complete(session, url, part, most)
+        if (actual := md5_of(part)) == file.md5:
             return
         part.unlink()
         # Pieces may be of two versions of the file, or of two mirrors: once more, from the start.
         if in_one_piece or last:
-            raise ValueError(f"MD5 {md5} expected, {actual} found")
+            raise ValueError(f"MD5 {file.md5} expected, {actual} found")
 
 
-def complete(session: requests.Session, url: str, part: Path) -> bool:
+def complete(session: requests.Session, url: str, part: Path, most: int) -> bool:
     """Return whether all of `part` came in one answer, after as many attempts as it takes."""
-    most, failures = size_of(part), 0
+    longest, failures = size_of(part), 0
     while True:
         try:
-            return receive(session, url, part) == 0
+            return receive(session, url, part, most) == 0
         except requests.RequestException as error:
             # A long download may break many times: only attempts that bring nothing new count.
-            failures = failures + 1 if size_of(part) <= most else 0
-            most = max(most, size_of(part))
+            failures = failures + 1 if size_of(part) <= longest else 0
+            longest = max(longest, size_of(part))
             if failures == ATTEMPTS or is_final(error):
                 raise
             time.sleep(PAUSE * 2**failures)
 
 
-def receive(session: requests.Session, url: str, part: Path) -> int:
-    """Append to `part` what it lacks, and return the byte at which the server began."""
+def receive(session: requests.Session, url: str, part: Path, most: int) -> int:
+    """Append to `part` what it lacks, and return the byte at which the server began.
+
+    An answer that can't be the archive is a ValueError: a page of HTML (a login, an error), bytes
+    from elsewhere in the file, or over `most` bytes. Nothing of such an answer is kept.
+    """
     have = size_of(part)
     headers = {"Accept-Encoding": "identity"}
     if have:
@@ -322,12 +326,22 @@ def receive(session: requests.Session, url: str, part: Path) -> int:
         if have and response.status_code == 416:  # nothing after `have`: the checksum will tell
             return have
         response.raise_for_status()
+        if "html" in response.headers.get("Content-Type", ""):
+            raise ValueError("a page of HTML in place of the archive")
         start = first_byte(response, have)
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
+        if start > have or (total or 0) > most:
+            raise ValueError(
+                f"bytes {start} to {total} were offered, {have} to {most} at most wanted"
+            )
         with open(part, "ab") as out, tqdm(None, part.stem, total, initial=start, **BYTES) as bar:
             out.truncate(start)
+            came = start
             for chunk in response.iter_content(CHUNK):
+                if (came := came + len(chunk)) > most:  # it told no length, and may have no end
+                    out.truncate(start)
+                    raise ValueError(f"more than {most} bytes came")
                 out.write(chunk)
                 bar.update(len(chunk))
     if total is not None and size_of(part) < total:  # older urllib3 does not notice
@@ -368,51 +382,6 @@ def md5_of(path: Path) -> str:
             digest.update(chunk)
             bar.update(len(chunk))
     return digest.hexdigest()
-
-
-def unpack(archive: Path, file: File, folder: Path) -> None:
-    """Unpack `archive` into `folder / file.folder`, which appears whole or not at all."""
-    target, temporary = folder / file.folder, folder / f".unpacking-{file.folder}"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
-    try:
-        with zipfile.ZipFile(archive) as opened:
-            places = safe_places(opened, archive)
-            look = {"desc": f"unpacking {file.name}", "unit": "file", "disable": None}
-            for member, place in tqdm(places.items(), **look):
-                (temporary / place).parent.mkdir(parents=True, exist_ok=True)
-                with opened.open(member) as source, open(temporary / place, "wb") as out:
-                    shutil.copyfileobj(source, out)
-        files.write_json(temporary / MARKER, {"archive": file.name, "md5": file.md5})
-        if hasattr(os, "sync"):  # after a power cut the new name must not stand for empty files
-            os.sync()
-        if target.exists():
-            target.rmdir()  # empty, or `is_unpacked` would have said so
-        os.rename(temporary, target)
-        files.sync_folder(folder)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive} is not a sound zip archive ({error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def safe_places(opened: zipfile.ZipFile, archive: Path) -> dict[zipfile.ZipInfo, PurePosixPath]:
-    """Return where each file of the archive belongs in its folder.
-
-    Folders that all files share are taken off and the Mac's `__MACOSX` is left out. A name
-    that could lead outside, on any system, or a link is a ValueError.
-    """
-    places = {}
-    for member in opened.infolist():
-        name = member.orig_filename  # `filename` has been changed to suit this system
-        path = PurePosixPath(name)
-        kind = stat.S_IFMT(member.external_attr >> 16)
-        unsafe = path.is_absolute() or ".." in path.parts or any(c in name for c in "\\:\0")
-        if unsafe or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise ValueError(f"{archive} is refused: {name!r} in it could write outside its folder")
-        if not member.is_dir() and path.parts[:1] != ("__MACOSX",):
-            places[member] = path
-    shared = posixpath.commonpath([path.parent for path in places.values()])
-    return {member: path.relative_to(shared) for member, path in places.items()}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,3 +51,36 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     tiny_model().save(folder / "best.safetensors")
     return folder
+
+
+# --- a server in place of the download mirrors
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def mirror(root, monkeypatch):
+    """Serve `mirrors.Mirror` on 127.0.0.1, and wait for nothing between attempts."""
+    from mirrors import Mirror
+
+    import download_data
+
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setattr(download_data, "PAUSE", 0.0)
+    mirror = Mirror(root)
+    threading.Thread(target=mirror.server.serve_forever, args=(0.02,), daemon=True).start()
+    yield mirror
+    mirror.over.set()
+    mirror.server.shutdown()
+    mirror.server.server_close()
+
+
+@pytest.fixture
+def offered(mirror, monkeypatch):
+    from mirrors import put
+
+    return put(monkeypatch, mirror)

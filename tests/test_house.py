@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from tiers above its own, or from rows above it in its own tier.
 TIERS = (
     ("files", "decoding", "tokenizer", "images", "metrics", "plots", "shapes"),
-    ("download_data", "encoder", "layers", "decoder", "tables", "records", "layouts", "dataset",
-     "photos", "results", "report"),
+    ("archives", "download_data", "encoder", "layers", "decoder", "tables", "records", "layouts",
+     "dataset", "photos", "results", "report"),
     ("model", "onnx_model", "features"),
     ("losses", "rewards", "generation", "inference"),
     ("evaluate", "export", "hubconf"),
