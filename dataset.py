@@ -9,6 +9,7 @@ batch of that image, so the CNN runs once per image.
 import contextlib
 import hashlib
 import re
+import signal
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -309,4 +310,14 @@ def get_loader(
         collate_fn=collate_fn,
         num_workers=min(workers, len(batches)),
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=deaf,
     )
+
+
+def deaf(worker: int) -> None:
+    """Let a loader's worker ignore Ctrl-C and SIGTERM, which reach a whole process group.
+
+    The main process decides what they mean; were its workers gone, it could not finish its step.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

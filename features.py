@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import files
-from dataset import seeded
+from dataset import deaf, seeded
 from encoder import (
     TRANSFORM,
     Encoder,
@@ -187,22 +187,31 @@ def _extract(
         amp,
         views,
     )
-    with bar:
+
+    def note() -> None:
+        array.flush()
+        files.write_json(progress, {"done": done, "left_out": lost})
+
+    try:
         for number, (features, unread) in enumerate(batches, 1):
             if array is None:
                 array = _new_array(part, (len(records), *features.shape[1:]))
             array[done : done + len(features)] = features.cpu().numpy()
-            lost += unread
-            done += len(features)
+            done, lost = done + len(features), lost + unread
             bar.update(len(features))
             if len(lost) > MAX_LEFT_OUT * len(records):
-                del array
+                array = None
                 _discard(part, progress)
                 leave_out(lost, len(records), "can't be read")
             if number % SAVE_EVERY == 0 or done == len(records):
-                array.flush()
-                files.write_json(progress, {"done": done, "left_out": lost})
-    del array
+                note()
+    except KeyboardInterrupt:  # Ctrl-C or SIGTERM: nothing that is done is done again
+        if array is not None:
+            note()
+        raise
+    finally:
+        bar.close()
+    array = None
     part.replace(path)
     files.write_json(path.with_suffix(".json"), {**description, "left_out": lost})
     _discard(progress)
@@ -231,17 +240,18 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
             f"the feature cache {path} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
             "free; make room or give --cache-dir on another disk"
         )
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-    # A mapped file has no blocks until it is written to; a disk that is full by then would end
-    # the process with a bus error.
-    if hasattr(os, "posix_fallocate"):
-        try:
+    array = None
+    try:
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+        # A mapped file has no blocks until it is written to; a disk that is full by then would
+        # end the process with a bus error.
+        if hasattr(os, "posix_fallocate"):
             with open(path, "rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                path.unlink()
-                raise OSError(error.errno, error.strerror, str(path)) from error
+    except OSError as error:  # file systems that can't do it are no reason to stop
+        if array is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            path.unlink(missing_ok=True)
+            raise files.write_error(error.errno, path) from error
     return array
 
 
@@ -265,6 +275,7 @@ def encode_images(
         batch_size,
         num_workers=min(workers, len(records)),
         collate_fn=_stack,
+        worker_init_fn=deaf,
     )
     dtype = torch.bfloat16 if amp else torch.float32
     encoder = folded(encoder).to(device, dtype)

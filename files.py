@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import signal
 import stat
 import sys
 import tempfile
@@ -96,6 +97,12 @@ def temporary_file(target: Path) -> Path:
     return Path(name)
 
 
+def sweep(target: Path) -> None:
+    """Remove what killed processes left of writing `target`; nobody else may be writing it now."""
+    for left in target.parent.glob(f".{target.stem[:40]}-????????{target.suffix}"):
+        left.unlink(missing_ok=True)
+
+
 def usual_mode(target: Path) -> int:
     """Return the permissions `target` has, or a new file would get: mkstemp's are private."""
     if target.exists():
@@ -143,13 +150,20 @@ def read_json(path: str | Path) -> Any:
 
 
 @contextlib.contextmanager
-def lock(path: str | Path) -> Iterator[None]:
-    """Hold an exclusive lock on `path` among processes; a killed process frees its lock."""
-    from filelock import FileLock
+def lock(path: str | Path, wait: float = -1, refusal: str = "") -> Iterator[None]:
+    """Hold an exclusive lock on `path` among processes; a killed process frees its lock.
+
+    After `wait` seconds without it (-1: never) a ValueError says the `refusal`.
+    """
+    from filelock import FileLock, Timeout
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path):
+    try:
+        holding = FileLock(path).acquire(timeout=wait)
+    except Timeout:
+        raise ValueError(refusal) from None
+    with holding:
         yield
 
 
@@ -210,6 +224,8 @@ def run(main: Callable[[], Any]) -> None:
     """Run a script's `main`; exit with 2 and one line for a user's mistake or a full disk."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without é gets \xe9, not an error
         sys.stdout.reconfigure(errors="backslashreplace")
+    # A scheduler's SIGTERM is Ctrl-C: what was begun is put away, not dropped.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
         sys.stdout.flush()  # here, where a failure can still be told
@@ -222,6 +238,8 @@ def run(main: Callable[[], Any]) -> None:
         give_up_output()
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def give_up_output() -> None:

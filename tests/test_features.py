@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 import features
+import files
 from encoder import BACKBONES, Encoder, backbone, folded, image_transform
 from features import FeatureCache, cached_features, describe, encode_images
 from images import read_image
@@ -367,7 +368,7 @@ def test_room_for_the_whole_cache_is_taken_at_the_start(records, encoder, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(OSError, match=r"No space left on device: .*test-tiny-32"):
+        with pytest.raises(OSError, match=r"No space left on device\): .*test-tiny-32"):
             build(records, encoder, tmp_path)
     assert leftovers(tmp_path) == set()
     stop_after(monkeypatch, 3)
@@ -375,6 +376,45 @@ def test_room_for_the_whole_cache_is_taken_at_the_start(records, encoder, tmp_pa
         build(records, encoder, tmp_path)
     (part,) = tmp_path.glob("*.part")
     assert part.stat().st_blocks * 512 >= 2 * 11 * 4 * 128
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no limits of file sizes on Windows")
+def test_a_full_disk_is_told_with_the_name_of_the_cache(
+    whole, records, encoder, tmp_path, monkeypatch
+):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"cannot write \(File too large\): .*test-tiny-32.*part"):
+            build(records, encoder, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert leftovers(tmp_path) == set()
+    assert contents(build(records, encoder, tmp_path)) == contents(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_extraction_that_is_asked_to_stop_does_no_picture_twice(
+    number, whole, records, encoder, tmp_path, monkeypatch
+):
+    read = []
+
+    def stopping(path):
+        read.append(path)
+        if len(read) == 7:  # batches are of three
+            os.kill(os.getpid(), number)
+        return read_image(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "read_image", stopping)
+        with pytest.raises(SystemExit) as stop:
+            files.run(lambda: build(records, encoder, tmp_path))
+    assert stop.value.code == 130
+    again = stop_after(monkeypatch, 99)
+    assert contents(build(records, encoder, tmp_path)) == contents(whole)
+    assert again == [record.path for record in records[6:]]
 
 
 # --- several views

@@ -202,6 +202,11 @@ with files.replacing(sys.argv[1]) as temporary:
 """
     assert finished(child(code, path))[0] == -signal.SIGKILL
     assert path.read_text() == "old"
+    own = tmp_path / ".file-of-mine.txt"
+    own.touch()
+    assert len(names(tmp_path)) == 3  # the half is there
+    files.sweep(path)
+    assert names(tmp_path) == [own.name, "file.txt"]
 
 
 @pytest.mark.parametrize("check", [files.check_writable, lambda path: files.write_text(path, "")])
@@ -276,6 +281,20 @@ def test_a_killed_process_frees_its_lock(tmp_path):
     start = time.monotonic()
     with files.lock(tmp_path / ".lock"):
         assert time.monotonic() - start < 5
+
+
+def test_a_lock_that_others_hold_is_waited_for_as_long_as_is_wished(tmp_path):
+    process = child(
+        "with files.lock(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)",
+        tmp_path / ".lock",
+    )
+    process.stdout.readline()
+    try:
+        with pytest.raises(ValueError, match="taken"), files.lock(tmp_path / ".lock", 0.1, "taken"):
+            pass
+    finally:
+        process.kill()
+        finished(process)
 
 
 # --- flags
@@ -389,10 +408,11 @@ def test_a_script_that_ends_well_returns(capsys):
 
 
 @POSIX
-def test_ctrl_c_is_one_word_and_exit_code_130():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_that_is_asked_for_is_one_word_and_exit_code_130(number):
     process = child("files.run(lambda: (print('on', flush=True), time.sleep(60)))")
     process.stdout.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert finished(process) == (130, "", "interrupted\n")
 
 
