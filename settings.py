@@ -108,23 +108,11 @@ def read_sizes(checkpoint: Path) -> dict[str, Any]:
 def read_run(folder: Path) -> dict[str, Any]:
     """Return the flags of the run in `folder`; raises FileNotFoundError where there is none."""
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"no run to resume in {folder}: name its folder with --output")
+        raise FileNotFoundError(
+            f"no run to resume in {folder}: name its folder with --output, or begin one without "
+            "--resume"
+        )
     stored = files.read_json(folder / "config.json")
     if not isinstance(stored, dict):
         raise ValueError(f"{folder / 'config.json'} does not hold the flags of a run")
     return {**stored, "output": str(folder), "resume": True}
-
-
-def run_folder(config: Config) -> Path:
-    """Return the folder of the run; a new run never takes one that is in use."""
-    folder = config.train.output or Path("runs") / config.data.dataset
-    if config.train.resume:
-        return folder
-    if config.train.output is None:
-        number = 2
-        while (folder / "config.json").exists():
-            folder = Path("runs") / f"{config.data.dataset}-{number}"
-            number += 1
-    elif (folder / "config.json").exists():
-        raise ValueError(f"{folder} holds a run already; add --resume, or name another --output")
-    return folder

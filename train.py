@@ -7,7 +7,6 @@ import csv
 import io
 import logging
 import math
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -32,30 +31,11 @@ from metrics import faults
 from model import CaptionModel, checkpoint_file, read_checkpoint
 from records import Record, SplitMissingError, readable
 from rewards import Rewards
-from settings import Config, configure, flat, run_folder
-from trainer import Trainer, load_state, save_state
+from runs import Interrupts, StoppedError, load_state, run_folder, save_state
+from settings import Config, configure, flat
+from trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-
-class Interrupts:
-    """Turns Ctrl-C and SIGTERM into a request that the loop honours between two steps."""
-
-    def __enter__(self) -> "Interrupts":
-        self.asked = False
-        self.before = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return self
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:  # twice: now
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *error: Any) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 @dataclass
@@ -83,9 +63,9 @@ def load_data(config: DataConfig) -> dict[str, Sequence[Record]]:
     return splits
 
 
-def build(config: Config) -> tuple[CaptionModel, Data]:
+def build(config: Config, data: dict[str, Sequence[Record]]) -> tuple[CaptionModel, Data]:
     """Return the model to train, on its device, and the data to train it on."""
-    data, device = load_data(config.data), pick_device(config.train.device)
+    device = pick_device(config.train.device)
     begun = config.train.init_from and CaptionModel.load(config.train.init_from)
     torch.manual_seed(config.train.seed)
     encoder = new_encoder(config, begun).to(device)
@@ -151,25 +131,45 @@ def split_cache(
 
 def train(config: Config) -> dict[str, Any]:
     """Train, validate and save as the flags say; return the scores by split."""
-    folder = run_folder(config)
-    model, data = build(config)
-    steps = math.ceil(len(data.records["train"]) / config.train.batch_size)
-    trainer = Trainer(model, config.train, steps)
-    if config.train.scst_epochs:
-        trainer.rewards = Rewards(data.records["train"], model.vocabulary, config.train.scst_bleu)
-    if config.train.resume and (state := load_state(folder)) is not None:
+    with run_folder(config) as folder:
+        records = load_data(config.data)
+        if not config.train.resume:  # before hours of encoding, after which a --resume goes on
+            files.write_json(folder / "config.json", flat(config))
+        model, data = build(config, records)
+        steps = math.ceil(len(data.records["train"]) / config.train.batch_size)
+        trainer = Trainer(model, config.train, steps)
+        if config.train.scst_epochs:
+            trainer.rewards = Rewards(
+                data.records["train"], model.vocabulary, config.train.scst_bleu
+            )
+        if config.train.resume:
+            go_on(trainer, folder)
+            files.write_json(folder / "config.json", flat(config))
+        print_start(config, model, data, folder)
+        return run_stages(trainer, config, data, folder)
+
+
+def go_on(trainer: Trainer, folder: Path) -> None:
+    """Take over the state of the run in `folder`; where none was saved yet, say so."""
+    state = load_state(folder)
+    if state is None:
+        print(f"{folder} has no training state yet: it begins with the first step")
+    else:
         trainer.load(state)
-    files.write_json(folder / "config.json", flat(config))
-    print_start(config, model, data, folder)
+
+
+def run_stages(trainer: Trainer, config: Config, data: Data, folder: Path) -> dict[str, Any]:
+    """Train the stages to their end and return the scores; asked to stop, save and stop."""
     with Interrupts() as interrupts:
-        while not trainer.stage_is_over() or enter_self_critical(trainer, folder):
-            train_epoch(trainer, config, data, interrupts)
-            if interrupts.asked:
-                save_state(folder, trainer.state())
-                print(f"stopped in epoch {trainer.epoch + 1}; go on: --resume --output {folder}")
-                raise KeyboardInterrupt
-            finish_epoch(trainer, config, data, folder)
-    return finish(config, data, folder, trainer.rows)
+        try:
+            while not trainer.stage_is_over() or enter_self_critical(trainer, folder):
+                train_epoch(trainer, config, data, interrupts)
+                finish_epoch(trainer, config, data, folder, interrupts)
+            return finish(config, data, folder, trainer.rows, interrupts)
+        except StoppedError:
+            save_state(folder, trainer.state())
+            print(f"stopped after step {trainer.step_number}; go on: --resume --output {folder}")
+            raise KeyboardInterrupt from None
 
 
 def enter_self_critical(trainer: Trainer, folder: Path) -> bool:
@@ -180,6 +180,8 @@ def enter_self_critical(trainer: Trainer, folder: Path) -> bool:
         best = CaptionModel.load(folder, trainer.device)
         trainer.model.load_state_dict(best.state_dict())
     trainer.begin(critical=True)
+    # Now: a run killed later must not begin the stage again with a best model out of the stage.
+    save_state(folder, trainer.state())
     return True
 
 
@@ -210,14 +212,18 @@ def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interr
     began = time.perf_counter()
     last = trainer.first_epoch + trainer.stage_epochs
     name = f"{'self-critical ' if trainer.critical else ''}epoch {trainer.epoch + 1}/{last}"
-    for batch in tqdm(loader, desc=name, unit=" steps", disable=None, leave=False):
-        trainer.step(batch)
-        if interrupts.asked:
-            break
-    trainer.seconds += time.perf_counter() - began
+    bar = tqdm(loader, desc=name, unit=" steps", disable=None, leave=False)
+    try:
+        for batch in interrupts.heed(bar):
+            trainer.step(batch)
+    finally:
+        trainer.seconds += time.perf_counter() - began
+    trainer.check()
 
 
-def finish_epoch(trainer: Trainer, config: Config, data: Data, folder: Path) -> None:
+def finish_epoch(
+    trainer: Trainer, config: Config, data: Data, folder: Path, interrupts: Interrupts
+) -> None:
     """Validate, write the run's files, and make ready for the next epoch."""
     row: dict[str, Any] = {
         "epoch": trainer.epoch + 1,
@@ -236,8 +242,9 @@ def finish_epoch(trainer: Trainer, config: Config, data: Data, folder: Path) -> 
     with trainer.averaged() as model:
         if "val" in data.records:
             records = data.records["val"]
-            features = list(split_features(model, records, data.caches.get("val")))
-            captions = caption_split(model, features, VALIDATION, len(records))
+            batches = split_features(model, records, data.caches.get("val"))
+            features = list(interrupts.heed(batches))
+            captions = caption_split(model, interrupts.heed(features), VALIDATION, len(records))
             scores = score_captions(records, captions)
             row |= {"val_loss": split_loss(model, records, features)}
             row |= {"CIDEr": scores["CIDEr"], "BLEU-4": scores["BLEU-4"]}
@@ -311,7 +318,11 @@ def write_samples(path: Path, records: Sequence[Record], captions: dict[str, str
 
 
 def finish(
-    config: Config, data: Data, folder: Path, rows: Sequence[dict[str, Any]]
+    config: Config,
+    data: Data,
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    interrupts: Interrupts,
 ) -> dict[str, Any]:
     """Score the best model on val and, once, on test; write scores.json and print them."""
     model = CaptionModel.load(folder, pick_device(config.train.device))
@@ -320,8 +331,9 @@ def finish(
         if split not in data.records:
             continue
         records = data.records[split]
-        features = list(split_features(model, records, data.caches.get(split)))
-        captions = caption_split(model, features, DecodingConfig(), len(records))
+        batches = split_features(model, records, data.caches.get(split))
+        features = list(interrupts.heed(batches))
+        captions = caption_split(model, interrupts.heed(features), DecodingConfig(), len(records))
         scores = score_captions(records, captions)
         scores["loss"] = split_loss(model, records, features)
         report[split] = {**scores, "images": len(records), "decoding": asdict(DecodingConfig())}

@@ -1,11 +1,9 @@
-"""What changes weights: the optimiser, one step, the average of weights, and the state on disk.
+"""What changes weights: the optimiser, one step, and the average of weights.
 
 T words · M captions in a batch
 """
 
 import contextlib
-import io
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import files
 from dataset import Batch, mix
 from decoding import START, bounded, sample
 from encoder import fingerprint, multiplies_bfloat16
@@ -24,7 +21,8 @@ from losses import Loss, cross_entropy, self_critical, unlooked
 from model import CaptionModel
 from rewards import Rewards, leave_one_out
 
-log = logging.getLogger(__name__)
+# Steps between two looks at the losses: a GPU is waited for at each.
+CHECK_EVERY = 50
 
 
 @dataclass(frozen=True)
@@ -117,6 +115,7 @@ class Trainer:
         self.step_number = self.epoch = self.batch = 0
         self.nll = torch.zeros((), dtype=torch.float64, device=self.device)
         self.forget_sums()
+        self.unseen: list[tuple[str, Tensor]] = []  # losses of late, and what to say of them
         self.rows: list[dict[str, Any]] = []
         self.rewards: Rewards | None = None  # the self-critical stage needs them
         self.begin(critical=False)
@@ -180,15 +179,39 @@ class Trainer:
         objective, loss = self.self_critical(batch) if self.critical else self.taught(batch)
         self.optimizer.zero_grad(set_to_none=True)
         objective.backward()
+        norm = torch.zeros_like(objective)
         if self.config.grad_clip:
             learning = [each for group in self.optimizer.param_groups for each in group["params"]]
-            nn.utils.clip_grad_norm_(learning, self.config.grad_clip)
+            norm = nn.utils.clip_grad_norm_(learning, self.config.grad_clip)
+        self.watch(batch, torch.stack([objective.detach(), norm]))
         self.optimizer.step()
         self.step_number += 1
         self.batch += 1
         self.update_average()
         self.nll += loss.nll
         self.words += loss.words
+
+    def watch(self, batch: Batch, values: Tensor) -> None:
+        """Note a step's loss and norm of the gradient, which `check` will look at."""
+        lr, images = self.optimizer.param_groups[-1]["lr"], ", ".join(map(str, batch.image_ids))
+        where = f"step {self.step_number + 1} (epoch {self.epoch + 1}, learning rate {lr:.3g})"
+        self.unseen.append((f"{where}, with the images {images}", values))
+        # Drawing captions from a broken model fails in words that tell nobody anything.
+        if self.critical or len(self.unseen) >= CHECK_EVERY:
+            self.check()
+
+    def check(self) -> None:
+        """Raise ValueError, which names the step, if a loss or a gradient was not a number."""
+        seen, self.unseen = self.unseen, []
+        values = torch.stack([values for _, values in seen]).tolist() if seen else []
+        for (where, _), (loss, norm) in zip(seen, values, strict=True):
+            if not math.isfinite(loss + norm):
+                name, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
+                rate = "--scst-lr" if self.critical else "--lr"
+                raise ValueError(
+                    f"the {name} became {value} at {where}: training stops, and what was saved "
+                    f"before is kept; go on from there with --resume and a lower {rate}"
+                )
 
     def mixed(self) -> torch.autocast:
         """Return the context of mixed precision, where it is wanted and worth it."""
@@ -266,6 +289,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Return all that a resumed run needs, as tensors and plain values."""
+        self.check()
         return {
             "weights": dict(self.model.learned()),
             "average": self.average,
@@ -325,27 +349,3 @@ def without_dropout(model: CaptionModel) -> None:
             module.eval()
         elif isinstance(module, nn.LSTM):
             module.dropout = 0.0
-
-
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write last.pt; the one before it stays as previous.pt."""
-    # Through memory: torch.save turns a full disk into a RuntimeError without a reason.
-    content = io.BytesIO()
-    torch.save(state, content)
-    last = folder / "last.pt"
-    with files.replacing(last) as temporary:
-        temporary.write_bytes(content.getbuffer())
-        if last.exists():
-            last.replace(folder / "previous.pt")
-
-
-def load_state(folder: Path) -> dict[str, Any] | None:
-    """Return the training state of a run (the one before it if the last is damaged), or None."""
-    for name in ("last.pt", "previous.pt"):
-        if not (folder / name).exists():
-            continue
-        try:
-            return torch.load(folder / name, map_location="cpu", weights_only=True)
-        except Exception as error:
-            log.warning("%s can't be read (%s)", folder / name, str(error).splitlines()[0])
-    return None

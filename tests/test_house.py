@@ -17,7 +17,7 @@ TIERS = (
     ("model", "onnx_model", "features"),
     ("losses", "rewards", "generation", "inference"),
     ("evaluate", "export", "hubconf"),
-    ("trainer", "presets", "settings", "train", "app"),
+    ("trainer", "presets", "settings", "runs", "train", "app"),
 )  # fmt: skip
 ORDER = [module for tier in TIERS for module in tier]
 SCRIPTS = ("download_data", "train", "evaluate", "inference", "export", "app")

@@ -60,7 +60,7 @@ def test_a_run_leaves_the_files_that_are_promised(whole):
         assert Image.open(whole / picture).size[0] > 400
     scores = json.loads((whole / "scores.json").read_text())
     assert {"BLEU-4", "CIDEr", "ROUGE-L", "loss", "images"} <= scores["test"].keys()
-    assert not list(whole.glob(".*"))  # no temporary file is left
+    assert not list(whole.glob(".*"))  # no temporary file is left, and no lock
 
 
 def test_the_model_file_names_no_path_of_the_machine(whole, drawn):

@@ -1,0 +1,517 @@
+"""A run is killed, stopped, starved of disk and run into by another; nothing of it is lost.
+
+One process imports the project and forks a life of the run for each attempt, so that a life takes
+a second or two. The lives tell by shared memory what they are at, and a signal is sent at a random
+moment of that.
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ROOT, SMALL, as_flickr8k, assert_same_run, losses, run_script
+
+import files
+import plots
+import runs
+import train
+import trainer
+from encoder import build_trunk
+from settings import configure
+
+if os.name == "posix":
+    import resource
+else:
+    pytest.skip("signals, forks and limits of POSIX", allow_module_level=True)
+
+# Lives of runs, by a plan: for each run the (phase, signal) that end its lives, one by one. The
+# last life of each is left alone. Prints what happened as JSON.
+LIVES = """
+import json, mmap, os, random, signal, sys, time
+from pathlib import Path
+import matplotlib.pyplot, filelock, numpy, safetensors.torch
+import features, files, plots, train, trainer
+
+job = json.loads(sys.argv[1])
+PHASES = ["between", "caching", "step", "evaluation", "checkpoint", "plot", "critical", "end"]
+memory = numpy.frombuffer(mmap.mmap(-1, 4096))  # shared with the lives
+now, entered, seconds = memory[:8], memory[8:16], memory[16:24]
+features.SAVE_EVERY = 1
+
+def marking(owner, name, phase):
+    original = getattr(owner, name)
+    def marked(*arguments, **keywords):
+        at = PHASES.index(phase(arguments) if callable(phase) else phase)
+        outer, now[0], began = now[0], at, time.perf_counter()
+        entered[at] += 1
+        try:
+            return original(*arguments, **keywords)
+        finally:
+            seconds[at] += time.perf_counter() - began
+            now[0] = outer
+    setattr(owner, name, marked)
+
+marking(features, "_extract", "caching")
+marking(trainer.Trainer, "step", lambda given: "critical" if given[0].critical else "step")
+marking(train, "caption_split", "evaluation")
+marking(train, "split_loss", "evaluation")
+marking(train, "save_state", "checkpoint")
+marking(train, "write_rows", "checkpoint")
+marking(train.CaptionModel, "save", "checkpoint")
+marking(train, "finish", "end")
+for name in ("learning_curve", "caption_page"):
+    if not job["plots"]:
+        setattr(plots, name, lambda *arguments, **keywords: None)
+    marking(plots, name, "plot")
+
+def live(folder):
+    "Fork a life of the run in the folder; return its process id."
+    memory[:] = 0
+    argv = [*job["flags"], "--output", str(folder / "run"), "--cache-dir", str(folder / "cache")]
+    if (folder / "run/config.json").exists():  # else the same command begins the run anew
+        argv = ["--resume", "--output", str(folder / "run")]
+    if child := os.fork():
+        return child
+    os.setsid()
+    with open(folder / "said.txt", "a") as said:
+        os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
+        code = 1
+        try:
+            files.run(lambda: train.main(argv))
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(code)
+
+def over(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+
+def end(child, phase, number):
+    "Send the signal at a random moment of the phase; return the phase it came in, None if none."
+    at = PHASES.index(phase)
+    mean = usual[1][at] / max(1, usual[0][at]) if at else usual[2]
+    which = random.randint(1, max(1, int(usual[0][at]) // 2)) if at else 0
+    while entered[at] < which:
+        if over(child):
+            return None
+        time.sleep(0.0005)
+    time.sleep(random.uniform(0, mean))
+    if over(child):
+        return None
+    if number == signal.SIGKILL:
+        os.kill(child, number)
+    else:  # as a terminal and many a scheduler do: to the loader's workers too
+        os.killpg(child, number)
+    return int(now[0])
+
+random.seed(job["seed"])
+base = Path(job["base"])
+(base / "whole").mkdir()
+began = time.perf_counter()
+child = live(base / "whole")
+while not now[0] and not over(child):
+    time.sleep(0.0005)
+start = time.perf_counter() - began
+assert os.waitpid(child, 0)[1] == 0, (base / "whole/said.txt").read_text()
+usual = entered.copy(), seconds.copy(), start
+steps = [PHASES.index("step"), PHASES.index("critical")]
+report = {"steps": float(entered[steps].sum()), "runs": []}
+for number, plan in enumerate(job["plan"]):
+    folder = base / str(number)
+    folder.mkdir()
+    run = {"folder": str(folder / "run"), "ends": [], "steps": 0.0}
+    for phase, sent in [*plan, (None, None)]:
+        child = live(folder)
+        came = end(child, phase, sent) if phase else None
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        run["steps"] += entered[steps].sum()
+        run["ends"].append((phase, None if came is None else PHASES[came], code))
+    report["runs"].append(run)
+print(json.dumps(report))
+"""
+
+
+def live(base: Path, flags: list[str], plan: list, seed: int = 0, plots: bool = True) -> dict:
+    """Return what became of the lives of `plan`; the undisturbed run lies in base/whole/run."""
+    job = {"base": str(base), "flags": flags, "plan": plan, "seed": seed, "plots": plots}
+    done = subprocess.run(
+        [sys.executable, "-c", LIVES, json.dumps(job)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    whole = base / "whole/run"
+    for run in report["runs"]:
+        said = Path(run["folder"], "../said.txt").read_text()
+        assert run["ends"][-1][2] == 0, said
+        assert "Traceback" not in said
+        assert_same_run(Path(run["folder"]), whole)
+        assert losses(Path(run["folder"])) == losses(whole)
+        ours, theirs = (Path(each, "scores.json").read_text() for each in (run["folder"], whole))
+        assert ours == theirs
+        for name in ("last", "best"):  # what a kill left half written is gone
+            assert not list(Path(run["folder"]).glob(f".{name}-*"))
+    return report
+
+
+@pytest.fixture(scope="module")
+def resnet(drawn, tmp_path_factory) -> list[str]:
+    """Flags of a run with a frozen CNN, and so with a cache, that has both stages."""
+    base = tmp_path_factory.mktemp("resnet")
+    torch.manual_seed(0)
+    torch.save(build_trunk("resnet18").state_dict(), base / "resnet18.pth")
+    data = as_flickr8k(drawn, base / "data", ("train", "dev", "test"))
+    return [
+        "--cnn-backbone", "resnet18", "--cnn-weights", str(base / "resnet18.pth"), "--img-size",
+        "64", "--epochs", "2", "--scst-epochs", "1", "--batch-size", "4", "--d-model", "16",
+        "--n-head", "2", "--n-decode", "1", "--fc-dim", "32", "--min-count", "1", "--workers", "0",
+        "--dropout", "0.1", "--data-dir", str(data),
+    ]  # fmt: skip
+
+
+def test_a_run_killed_or_stopped_anywhere_ends_with_the_weights_of_one_left_alone(resnet, tmp_path):
+    killed = [(phase, signal.SIGKILL) for phase in ("caching", "checkpoint", "critical")]
+    stopped = [("step", signal.SIGINT), ("evaluation", signal.SIGTERM)]
+    flags = [*resnet, "--limit", "8", "--epochs", "1", "--batch-size", "2"]
+    report = live(tmp_path, flags, [killed, stopped], plots=False)
+    first, second = report["runs"]
+    assert [code for _, _, code in first["ends"]].count(-signal.SIGKILL) >= 2
+    codes = [code for _, _, code in second["ends"][:-1]]
+    assert 130 in codes and set(codes) <= {0, 130}
+    # Asked to stop, it saves first: no step is done twice.
+    assert second["steps"] == report["steps"]
+
+
+PHASES = ["between", "caching", "step", "evaluation", "checkpoint", "plot", "critical", "end"]
+
+
+@pytest.mark.slow
+def test_thirty_kills_lose_nothing_of_a_run_with_a_cache(resnet, tmp_path):
+    report = live(tmp_path, resnet, kills(40, PHASES), 1)
+    assert_killed(report, 30)
+
+
+@pytest.mark.slow
+def test_thirty_kills_lose_nothing_of_a_run_from_pixels(drawn, tmp_path):
+    flags = [*SMALL, "--scst-epochs", "1", "--dropout", "0.1", "--data-dir", str(drawn)]
+    report = live(tmp_path, flags, kills(40, [each for each in PHASES if each != "caching"]), 2)
+    assert_killed(report, 30)
+
+
+def kills(count: int, phases: list[str]) -> list[list[tuple[str, int]]]:
+    """Return a plan of kills in every phase, a run for each round of them."""
+    return [[(phase, signal.SIGKILL) for phase in phases] for _ in range(-(-count // len(phases)))]
+
+
+def assert_killed(report: dict, least: int) -> None:
+    died = [came for run in report["runs"] for _, came, code in run["ends"] if code == -9]
+    print({phase: died.count(phase) for phase in PHASES})
+    assert len(died) >= least
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [True, False])
+def test_twenty_requests_to_stop_lose_no_step(cached, resnet, drawn, tmp_path):
+    flags = resnet if cached else [*SMALL, "--data-dir", str(drawn), "--workers", "2"]
+    random.seed(3)
+    phases = [each for each in PHASES if each != "between" and (cached or each != "caching")]
+    plan = [
+        [(phase, random.choice([signal.SIGTERM, signal.SIGINT])) for phase in phases]
+        for _ in range(3)
+    ]
+    report = live(tmp_path, [*flags, "--scst-epochs", "1"], plan, 3)
+    codes = [code for run in report["runs"] for _, _, code in run["ends"][:-1]]
+    assert codes.count(130) >= 15 and set(codes) <= {0, 130}
+    assert {run["steps"] for run in report["runs"]} == {report["steps"]}
+
+
+# --- one folder, one run
+
+
+@pytest.fixture(scope="module")
+def whole(drawn, tmp_path_factory) -> Path:
+    """A run of two epochs that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train.main([*SMALL, "--data-dir", str(drawn), "--output", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    """A copy of it, to be hurt."""
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def error_of(*argv, capsys) -> str:
+    """Return the one line that train.py leaves on stderr, with exit code 2."""
+    code, _, said = run_script(train, *argv, capsys=capsys)
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in said, said
+    return lines[0]
+
+
+def hold(path: Path, held) -> None:
+    with files.lock(path):
+        held.set()
+        signal.pause()
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(
+    run, tmp_path, drawn, capsys, monkeypatch
+):
+    monkeypatch.setattr(runs, "PATIENCE", 0.1)
+    context = multiprocessing.get_context("fork")
+    held = context.Event()
+    first = context.Process(target=hold, args=(run / ".lock", held))
+    first.start()
+    assert held.wait(60)
+    before = contents(run)
+    for argv in (["--resume"], [*SMALL, "--data-dir", str(drawn)]):
+        said = error_of(*argv, "--output", run, capsys=capsys)
+        assert said == f"error: another run is at work in {run}; name another --output"
+    assert contents(run) == before
+    first.kill()
+    first.join()
+    train.main(["--resume", "--output", str(run)])
+    assert not (run / ".lock").exists()
+
+
+def test_a_run_holds_its_folder_from_the_reading_of_data_to_the_last_score(
+    run, drawn, monkeypatch, capsys
+):
+    monkeypatch.setattr(runs, "PATIENCE", 0.1)
+    refused = []
+
+    def meanwhile(name):
+        original = getattr(train, name)
+
+        def watched(*arguments):
+            with pytest.raises(ValueError, match="another run"), runs.run_folder(arguments_of_run):
+                pass
+            refused.append(name)
+            return original(*arguments)
+
+        monkeypatch.setattr(train, name, watched)
+
+    arguments_of_run = configure(["--resume", "--output", str(run), "--epochs", "3"])
+    for name in ("load_data", "build", "finish_epoch", "finish"):
+        meanwhile(name)
+    train.main(["--resume", "--output", str(run), "--epochs", "3"])
+    assert refused == ["load_data", "build", "finish_epoch", "finish"]
+
+
+def test_runs_without_a_name_take_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configure(["--dataset", "shapes"])
+    with runs.run_folder(config) as first, runs.run_folder(config) as second:
+        assert (str(first), str(second)) == ("runs/shapes", "runs/shapes-2")
+    with runs.run_folder(config) as third:
+        assert third == first  # nothing came of it
+        (third / "best.safetensors").touch()
+    with runs.run_folder(config) as fourth:
+        assert fourth == second
+
+
+# --- places that can't be written
+
+
+def test_an_output_that_is_a_file_is_one_line_before_any_work(tmp_path, capsys):
+    (tmp_path / "run").write_text("mine")
+    argv = ["--data-dir", tmp_path / "nowhere", "--output", tmp_path / "run"]
+    said = error_of(*argv, capsys=capsys)
+    assert f"cannot write (Not a directory): {tmp_path}/run" in said
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def as_nobody(argv: list[str], said: Path) -> None:
+    """Run train.py as a user that owns nothing."""
+    with said.open("w") as out, contextlib.redirect_stderr(out):
+        if os.geteuid() == 0:
+            os.setuid(65534)
+        files.run(lambda: train.main(argv))
+
+
+def test_a_folder_without_permission_is_one_line_before_any_work(tmp_path):
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to other users
+        folder = Path(name)
+        folder.chmod(0o555)
+        argv = ["--data-dir", "/nowhere", "--output", str(folder / "run")]
+        context = multiprocessing.get_context("fork")
+        process = context.Process(target=as_nobody, args=(argv, tmp_path / "said"))
+        process.start()
+        process.join(60)
+        said = (tmp_path / "said").read_text()
+        assert process.exitcode == 2, said
+        assert said.startswith("error: cannot write (Permission denied): ") and name in said
+        assert len(said.splitlines()) == 1 and not any(folder.iterdir())
+
+
+# --- a disk that is full
+
+
+def filling(monkeypatch, name: str) -> None:
+    """Let the disk be full while a file of that name is written."""
+    original = files.replacing
+
+    @contextlib.contextmanager
+    def replacing(path):
+        with original(path) as temporary:
+            if Path(path).name != name:
+                yield temporary
+                return
+            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
+            try:
+                yield temporary
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(files, "replacing", replacing)
+    monkeypatch.setattr(plots, "replacing", replacing)
+
+
+FILES = ["config.json", "best.safetensors", "metrics.csv", "learning_curve.png", "epoch-03.png",
+         "last.pt", "scores.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_disk_full_at_any_file_is_one_line_and_the_file_before_stays(
+    name, run, capsys, monkeypatch
+):
+    monkeypatch.setattr(trainer.Trainer, "best", lambda self: -2.0)  # each epoch is saved
+    before = contents(run)
+    with monkeypatch.context() as patch:
+        filling(patch, name)
+        said = error_of("--resume", "--output", run, "--epochs", "3", capsys=capsys)
+    assert name in said and "cannot write (File too large)" in said
+    after = contents(run)
+    assert {key: value for key, value in after.items() if key.endswith(name)} == {
+        key: value for key, value in before.items() if key.endswith(name)
+    }
+    assert not [key for key in after if Path(key).name.startswith(".")]
+    assert torch.load(run / "last.pt", weights_only=True)["epoch"] == 2 + (name == "scores.json")
+
+
+# --- training state that is damaged
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle of the largest tensor's bytes: the file still opens."""
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda each: each.file_size)
+    content = bytearray(path.read_bytes())
+    content[largest.header_offset + largest.file_size // 2 + 200] ^= 1
+    path.write_bytes(content)
+
+
+def test_one_flipped_bit_in_the_state_is_noticed(run, whole, capsys, caplog):
+    flip(run / "last.pt")
+    train.main(["--resume", "--output", str(run)])
+    assert f"{run / 'last.pt'} can't be read" in caplog.text and "is damaged" in caplog.text
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_without_a_sound_state_a_run_says_so_and_begins_nothing(gone, run, capsys):
+    (run / "last.pt").write_bytes(b"torn")
+    (run / "previous.pt").unlink() if gone else flip(run / "previous.pt")
+    before = contents(run)
+    said = error_of("--resume", "--output", run, capsys=capsys)
+    assert f"{run / 'last.pt'} can't be read" in said and f"--init-from {run}" in said
+    assert ("previous.pt" in said) != gone
+    assert contents(run) == before
+
+
+def test_a_run_killed_before_its_first_state_begins_anew_with_or_without_resume(
+    whole, drawn, tmp_path, capsys
+):
+    place = ["--output", str(tmp_path / "run")]
+    (tmp_path / "run").mkdir()
+    shutil.copy(whole / "config.json", tmp_path / "run")
+    with runs.run_folder(configure([*SMALL, "--data-dir", str(drawn), *place])) as folder:
+        assert folder == tmp_path / "run"
+    train.main(["--resume", *place])
+    assert "has no training state yet" in capsys.readouterr().out
+    assert_same_run(folder, whole)
+
+
+# --- a loss that is no number
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_file(what, run, capsys, monkeypatch):
+    taught, names = trainer.Trainer.taught, []
+
+    def broken(self, batch):
+        objective, loss = taught(self, batch)
+        if self.step_number == 14:  # the third of the third epoch's six
+            names.extend(batch.image_ids)
+            zero = next(self.model.decoder.parameters()).sum() * 0
+            objective = objective * float("nan") if what == "loss" else objective + zero.sqrt()
+        return objective, loss
+
+    monkeypatch.setattr(trainer.Trainer, "taught", broken)
+    before = contents(run)
+    said = error_of("--resume", "--output", run, "--epochs", "3", capsys=capsys)
+    assert f"error: the {what} became " in said
+    assert "at step 15 (epoch 3, learning rate " in said
+    assert len(names) == 4 and ", ".join(names) in said
+    assert "go on from there with --resume and a lower --lr" in said
+    after = contents(run)
+    for name in ("last.pt", "previous.pt", "best.safetensors", "metrics.csv"):
+        assert after[name] == before[name]
+
+
+def test_a_rate_far_too_high_is_noticed_within_its_first_look(drawn, tmp_path, capsys):
+    argv = [*SMALL, "--data-dir", drawn, "--output", tmp_path / "run", "--lr", "1e30"]
+    said = error_of(*argv, capsys=capsys)
+    assert "became" in said and "epoch 1, learning rate " in said
+    assert not (tmp_path / "run/last.pt").exists()
+
+
+def test_a_run_stopped_after_a_loss_that_is_no_number_saves_nothing(run, capsys, monkeypatch):
+    step = trainer.Trainer.step
+
+    def broken(self, batch):
+        step(self, batch)
+        self.unseen[-1][1].fill_(float("inf"))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(trainer.Trainer, "step", broken)
+    before = (run / "last.pt").read_bytes()
+    said = error_of("--resume", "--output", run, "--epochs", "3", capsys=capsys)
+    assert "the loss became inf at step 13" in said
+    assert (run / "last.pt").read_bytes() == before
+
+
+def test_losses_are_looked_at_together_not_one_by_one(run, monkeypatch):
+    looks = []
+    check = trainer.Trainer.check
+    monkeypatch.setattr(
+        trainer.Trainer, "check", lambda self: (looks.append(len(self.unseen)), check(self))
+    )
+    train.main(["--resume", "--output", str(run), "--epochs", "3"])
+    assert looks == [6, 0]  # at the end of the epoch, and before its state is saved
