@@ -458,6 +458,32 @@ def test_a_run_killed_before_its_first_state_begins_anew_with_or_without_resume(
     assert_same_run(folder, whole)
 
 
+class KilledError(BaseException):
+    """Stands for SIGKILL: nothing in the project catches it."""
+
+
+def test_a_kill_between_the_second_stages_first_files_begins_it_with_the_same_model(
+    drawn, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trainer.Trainer, "best", lambda self: -2.0)  # each epoch is saved
+    small = [*SMALL, "--limit", "8", "--epochs", "1", "--scst-epochs", "1", "--scst-lr", "1e-2"]
+    flags = [*small, "--data-dir", str(drawn), "--output"]
+    train.main([*flags, str(tmp_path / "whole")])
+    rows = train.write_rows
+
+    def killed(path, table):
+        if len(table) == 2:  # best.safetensors is of the second stage already, last.pt is not
+            raise KilledError
+        rows(path, table)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write_rows", killed)
+        with pytest.raises(KilledError):
+            train.main([*flags, str(tmp_path / "run")])
+    train.main(["--resume", "--output", str(tmp_path / "run")])
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 # --- a loss that is no number
 
 
