@@ -249,7 +249,7 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
             with open(path, "rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     except OSError as error:  # file systems that can't do it are no reason to stop
-        if array is None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if array is None or error.errno in (errno.ENOSPC, errno.EDQUOT):
             path.unlink(missing_ok=True)
             raise files.write_error(error.errno, path) from error
     return array
