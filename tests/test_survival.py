@@ -142,6 +142,8 @@ for number, plan in enumerate(job["plan"]):
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         run["steps"] += entered[steps].sum()
         run["ends"].append((phase, None if came is None else PHASES[came], code))
+        with open(folder / "said.txt", "a") as said:
+            print(f"-- {run['ends'][-1]}", file=said)
     report["runs"].append(run)
 print(json.dumps(report))
 """
