@@ -141,7 +141,8 @@ def build_trunk(name: str) -> nn.Sequential:
     row = backbone(name)
     if name == "tiny":
         return tiny()
-    import torchvision
+    with torch.device("cpu"):  # the import reckons with tensors; a model may be built on "meta"
+        import torchvision
 
     # Inception warns about its slow truncated-normal start unless it is told which to use.
     extra = {"init_weights": True} if name == "inception_v3" else {}

@@ -1,0 +1,59 @@
+"""The model in the repository works right after a clone, and is what its card says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from tiny import picture
+
+from inference import SHIPPED, Captioner
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_a_picture_is_captioned_with_nothing_named(tmp_path):
+    picture(1, (300, 200)).save(tmp_path / "photo.jpg")
+    done = subprocess.run(
+        [sys.executable, ROOT / "inference.py", tmp_path / "photo.jpg"],
+        capture_output=True,
+        encoding="utf-8",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"using the shipped model {SHIPPED}\n"
+    words = done.stdout.split()
+    assert done.stdout.count("\n") == 1 and 4 <= len(words) <= 20
+    known = Captioner.load(SHIPPED, "cpu").model.vocabulary.ids
+    assert set(words) <= known.keys() and words[-1] not in ("a", "the", "in", "with")
+
+
+@pytest.fixture(scope="module")
+def header() -> dict:
+    with safe_open(SHIPPED, "pt") as file:
+        return {key: json.loads(value) for key, value in file.metadata().items()}
+
+
+def test_the_file_is_small_and_keeps_batchnorm_in_float32():
+    assert SHIPPED.stat().st_size < 60e6
+    with safe_open(SHIPPED, "pt") as file:
+        kinds = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert kinds["encoder.cnn.bn1.running_var"] == torch.float32
+    assert kinds["encoder.cnn.layer4.2.conv3.weight"] == torch.float16
+
+
+def test_the_card_says_what_the_file_says(header):
+    card = (ROOT / "weights/README.md").read_text(encoding="utf-8")
+    assert f"{len(header['vocabulary']) + 4:,}" in card
+    assert header["model"]["d_model"] == 256 and "width 256" in card
+    critical = [each for each in header["training"]["mean_of"] if each["scst_epochs"]]
+    assert {each["seed"] for each in critical} == {0, 1}
+    assert all(each["init_from"]["finetune_cnn"] for each in critical)
+    assert f"--scst-lr {critical[0]['scst_lr']:.0e}".replace("e-0", "e-") in card
+
+
+def test_the_file_names_no_path_of_a_machine(header):
+    assert not any(sign in json.dumps(header["training"]) for sign in ("/", "\\\\"))
