@@ -257,7 +257,7 @@ class Config:
     attention: Path | None = None
     """Also write a page (.png) of the one picture named, lit for each word where it looked."""
     json: Path | None = None
-    """Also write the captions, and why a picture has none, to this JSON file."""
+    """Also write the captions to this JSON file (why a picture has none: see --output)."""
     batch_size: int = 16
     """Pictures captioned at a time."""
     workers: int = 2
@@ -350,9 +350,9 @@ def caption_files(
             kept = () if isinstance(captions, Exception) else captions
             result = Result(str(photo), kept, files.one_line(files.explain(error)))
         out.add([result])
-        if config.json:
+        if config.json and result.captions:
             rows.append(as_json(result))
-    if config.json and (len(photos) > 1 or any(row["captions"] for row in rows)):
+    if config.json and rows:
         files.write_json(config.json, rows)
     return failed
 
