@@ -349,7 +349,11 @@ def caption_files(
             failed.append(error)
             kept = () if isinstance(captions, Exception) else captions
             result = Result(str(photo), kept, files.one_line(files.explain(error)))
-        out.add([result])
+        try:
+            out.add([result])
+        except ValueError as error:  # a name that would break the file's lines costs only itself
+            failed.append(error)
+            print(f"left out: {files.one_line(str(error))}", file=sys.stderr)
         if config.json and result.captions:
             rows.append(as_json(result))
     if config.json and rows:

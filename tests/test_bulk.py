@@ -189,10 +189,12 @@ def test_threads_read_no_further_ahead_than_asked():
     assert list(found) == [2 * number for number in range(2, 100)]
 
 
-def test_a_line_break_in_a_name_is_one_clear_line(photos, script, tmp_path):
+def test_a_line_break_in_a_name_costs_only_that_picture(photos, script, tmp_path):
+    (photos / "05.png").unlink()
     picture(1).save(photos / "a\nb.png")
     code, _, err = script(photos, "--output", tmp_path / "a.csv")
-    assert code == 2 and "has a line break" in err
+    assert code == 2 and "left out: the file name" in err and "has a line break" in err
+    assert len(table(tmp_path / "a.csv")) == 11
 
 
 def test_a_form_that_no_name_tells_is_asked_for(photos, script, tmp_path):
