@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import pickle
 import signal
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -104,7 +105,10 @@ def _read_state(path: Path) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum: a flipped bit passes
         if damaged := archive.testzip():
             raise ValueError(f"{damaged} in it is damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own words tell how to run the code in it
+        raise ValueError("it holds more than tensors and plain values") from error
 
 
 class StoppedError(Exception):
