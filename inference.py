@@ -158,7 +158,7 @@ class Captioner:
             image = read_image(image)
         except (ValueError, OSError) as error:
             if forgiving:
-                return error
+                return bare(error)
             raise
         return [see(image) for see in self.transforms]
 
@@ -186,6 +186,12 @@ class Captioner:
         keys = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
         memory = self.model.remember(*(pixels.to(device) for pixels in views))
         return memory, decode(self.model, memory, config, n, keys)
+
+
+def bare(error: Exception) -> Exception:
+    """Return the error without where it was raised, which holds on to the pixels read till then."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def read_ahead(
@@ -397,7 +403,7 @@ def caption_files(
         if also and result.captions:
             also(as_json(result))
         if error:
-            failed, first = failed + 1, first or error.with_traceback(None)  # which holds pixels
+            failed, first = failed + 1, first or bare(error)
     return failed, first
 
 
@@ -405,17 +411,16 @@ def beside(
     photo: str, captions: list[Caption] | Exception, work: Work, config: Config
 ) -> tuple[Result, Exception | None]:
     """Write what lies beside or in place of a picture; return its row, and what went wrong."""
+    if isinstance(captions, Exception):
+        return Result(photo, (), files.one_line(files.explain(captions))), captions
     try:
-        if isinstance(captions, Exception):
-            raise captions
         if photo in work.copies:
             write_annotated(work.copies[photo], photo, captions[0].text)
         if config.write_sidecar:
             files.write_text(sidecar(photo), f"{captions[0].text}\n")
         return Result(photo, captions), None
     except (ValueError, OSError) as error:
-        kept = () if isinstance(captions, Exception) else captions
-        return Result(photo, kept, files.one_line(files.explain(error))), error
+        return Result(photo, captions, files.one_line(files.explain(error))), error
 
 
 def write_attention(captioner: Captioner, photo: Path, path: Path) -> None:
