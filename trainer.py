@@ -418,7 +418,18 @@ def spread(model: CaptionModel, compiled: bool) -> nn.Module:
     net: nn.Module = model
     if distributed.world() > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return torch.compile(net, dynamic=True) if compiled else net
+    return compiled_net(net, model) if compiled else net
+
+
+def compiled_net(net: nn.Module, model: CaptionModel) -> nn.Module:
+    """Return `net` compiled; ValueError where this machine can't compile for the model's device."""
+    one = torch.ones(2, device=next(model.parameters()).device)
+    try:
+        torch.compile(lambda x: x.sin() + x.cos())(one)
+    except Exception as error:  # of many kinds, from as many tools
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(f"--compile does not work here ({reason}); leave it out") from error
+    return torch.compile(net, dynamic=True)
 
 
 def without_dropout(model: CaptionModel) -> None:
