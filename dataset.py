@@ -42,6 +42,8 @@ __all__ = [
 
 # Captions of one image in a batch: one with thousands would not fit into memory.
 MOST_CAPTIONS = 50
+# A slip of the keyboard shall not fill a disk with views, or start a process for each image.
+MOST_VIEWS, MOST_WORKERS = 1000, 1024
 
 SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand(?:ed)?|side)?\b", re.IGNORECASE)
 
@@ -77,6 +79,9 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        for name, most in (("views", MOST_VIEWS), ("workers", MOST_WORKERS)):
+            if getattr(self, name) > most:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at most {most:,}")
         if not 0 < self.train_fraction <= 1:
             raise ValueError(
                 f"--train-fraction {self.train_fraction} must be above 0 and at most 1"

@@ -65,12 +65,12 @@ def may_restart() -> bool:
 
 
 @contextlib.contextmanager
-def join() -> Iterator[None]:
+def join(longest_wait: datetime.timedelta = LONGEST_WAIT) -> Iterator[None]:
     """Join the job that torchrun started, if it did, until the end of the work.
 
     Of an error that ends the work only the first process to meet it tells; the others end quietly.
     All but the first process are quiet from the start. Raises LostError where another process has
-    ended, at once or after `LONGEST_WAIT`.
+    ended, at once or after `longest_wait`.
     """
     if not started_by_torchrun() or _joined():
         yield
@@ -81,7 +81,7 @@ def join() -> Iterator[None]:
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
-        backend, store=store, rank=number, world_size=count, timeout=LONGEST_WAIT
+        backend, store=store, rank=number, world_size=count, timeout=longest_wait
     )
     with _quiet() if number else contextlib.nullcontext():
         try:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 import distributed
 import files
 import metrics
+from dataset import MOST_WORKERS
 from features import encode_images
 from generation import DecodingConfig, decode, spoken
 from inference import Captioner, named
@@ -34,6 +35,7 @@ PRINTED = (
     "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", "bad_endings",
     "repeats",
 )  # fmt: skip
+MOST_IMAGES = 2**20  # at once
 EXAMPLE_ROW = '{"image_id": …, "caption": "…"}'
 
 
@@ -202,6 +204,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        for name, most in (("batch_size", MOST_IMAGES), ("workers", MOST_WORKERS)):
+            if getattr(self, name) > most:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {getattr(self, name)} must be at most {most:,}")
         if self.captions and self.ensemble:
             raise ValueError("--captions scores a file and uses no model; leave out --ensemble")
 

@@ -18,6 +18,7 @@ from model import CaptionModel, ModelEnsemble
 from results import Caption
 
 MOST_BEAMS = 1000  # of one image, which bounds the memory it takes
+MOST_PENALTY = 100  # a caption's length to this power is still a number
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class DecodingConfig:
                 raise ValueError(f"{name.replace('_', ' ')} {value} must be at least {low}")
         if self.beam_size > MOST_BEAMS:
             raise ValueError(f"beam size {self.beam_size} must be at most {MOST_BEAMS:,}")
+        if not -MOST_PENALTY <= self.length_penalty <= MOST_PENALTY:
+            raise ValueError(
+                f"length penalty {self.length_penalty} must be between -{MOST_PENALTY} and "
+                f"{MOST_PENALTY}"
+            )
 
 
 def pick_device(device: torch.device | str) -> torch.device:

@@ -25,6 +25,9 @@ from rewards import Rewards, leave_one_out
 
 # Steps between two looks at the losses: a GPU is waited for at each.
 CHECK_EVERY = 50
+# What AdamW makes of a rate must be a float32. Weights are no numbers long before that.
+MOST_RATE = 1e30
+MOST_SAMPLES = 1000  # of one image, which bounds the memory it takes
 
 
 @dataclass(frozen=True)
@@ -85,11 +88,16 @@ class TrainConfig:
                  "scst_samples": 2, "scst_bleu": 0, "grad_clip": 0, "weight_decay": 0,
                  "patience": 0}  # fmt: skip
         for name, low in least.items():
-            if getattr(self, name) < low:
+            if not getattr(self, name) >= low:  # false for NaN too
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least {low}")
-        for name in ("lr", "cnn_lr", "scst_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be above 0")
+        for name in ("weight_decay", "scst_bleu", "attention_penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{_flag(name)} {getattr(self, name)} must be at least 0 and finite"
+                )
+        if self.scst_samples > MOST_SAMPLES:
+            raise ValueError(f"--scst-samples {self.scst_samples} must be at most {MOST_SAMPLES:,}")
+        self._check_rates()
         if not self.epochs and not (self.scst_epochs and (self.init_from or self.resume)):
             raise ValueError(
                 "--epochs 0 leaves nothing to train; it is for --scst-epochs with --init-from"
@@ -99,6 +107,18 @@ class TrainConfig:
                 raise ValueError(
                     f"{_flag(name)} {getattr(self, name)} must be at least 0 and below 1"
                 )
+
+    def _check_rates(self) -> None:
+        for name in ("lr", "cnn_lr", "scst_lr"):
+            if not 0 < getattr(self, name) <= MOST_RATE:
+                raise ValueError(
+                    f"{_flag(name)} {getattr(self, name)} must be above 0 and at most {MOST_RATE:g}"
+                )
+        if self.scst_epochs and self.cnn_lr * (self.scst_lr / self.lr) > MOST_RATE:
+            raise ValueError(
+                f"--cnn-lr {self.cnn_lr} times --scst-lr {self.scst_lr} / --lr {self.lr} must be "
+                f"at most {MOST_RATE:g}: it is the CNN's learning rate in self-critical training"
+            )
 
 
 def _flag(name: str) -> str:

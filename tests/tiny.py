@@ -100,7 +100,7 @@ def torchrun(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *flags]
     try:
         return subprocess.run(
-            [*command, "--nproc-per-node", str(processes), file.name, *map(str, arguments)],
+            [*command, "--nproc-per-node", str(processes), "--", file.name, *map(str, arguments)],
             cwd=ROOT,
             capture_output=True,
             text=True,
