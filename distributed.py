@@ -54,6 +54,16 @@ def _joined() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def restarted() -> bool:
+    """Tell whether torchrun has started this process in place of one that died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def may_restart() -> bool:
+    """Tell whether torchrun was told to start processes anew that die (--max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+
+
 @contextlib.contextmanager
 def join(longest_wait: datetime.timedelta = LONGEST_WAIT) -> Iterator[None]:
     """Join the job that torchrun started, if it did, until the end of the work.
@@ -67,6 +77,8 @@ def join(longest_wait: datetime.timedelta = LONGEST_WAIT) -> Iterator[None]:
         return
     # Not from the environment directly: the store, which torchrun keeps, outlives processes.
     store, number, count = next(iter(dist.rendezvous("env://", timeout=LONGEST_WAIT)))
+    # What processes that have died left in it is not for those in their place.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(
         backend, store=store, rank=number, world_size=count, timeout=longest_wait
