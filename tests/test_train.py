@@ -372,7 +372,5 @@ def test_a_machine_that_cannot_compile_says_so(monkeypatch):
         raise RuntimeError("no working C++ compiler\nand much more")
 
     monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(
-        ValueError, match=r"--compile .* \(no working C\+\+ compiler\); leave"
-    ):
+    with pytest.raises(ValueError, match=r"--compile .* \(no working C\+\+ compiler\); leave"):
         tiny_trainer(compile=True)
