@@ -22,6 +22,7 @@ import pytest
 import torch
 from tiny import ROOT, SMALL, as_flickr8k, assert_same_run, losses, run_script
 
+import dataset
 import files
 import plots
 import runs
@@ -253,6 +254,21 @@ def test_twenty_requests_to_stop_lose_no_step(cached, resnet, drawn, tmp_path):
     print(codes.count(130), "stops")
     assert codes.count(130) >= 20 and set(codes) <= {0, 130}
     assert {run["steps"] for run in report["runs"]} == {report["steps"]}
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_at_the_birth_of_a_loaders_worker_kills_it_not(sent, monkeypatch):
+    main, threads = os.getpid(), torch.set_num_threads
+
+    def struck(number):  # what a worker does first, before it can say what it ignores
+        if os.getpid() != main:
+            os.kill(os.getpid(), sent)
+        threads(number)
+
+    monkeypatch.setattr(torch, "set_num_threads", struck)
+    loader = dataset.Loader(range(6), 2, num_workers=2, multiprocessing_context="fork")
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5]]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 # --- one folder, one run
