@@ -36,12 +36,16 @@ NOT_RUN = {
     "pytest": "this is it",
     "python download_data.py": "needs the network: tests/test_download_data.py has a stand-in",
     "python app.py": "serves until it is stopped: tests/test_app.py",
+    "torchrun": "starts processes: tests/test_ranks.py, tests/test_bulk_ranks.py",
     "python benchmarks/": "takes minutes: tests/test_benchmarks.py",
     "python export.py runs/flickr8k captioner.onnx": "tests/test_onnx_model.py does",
     "python inference.py photo.jpg --checkpoint captioner.onnx": "as above",
 }
-# Flags of other programs.
-OTHERS = {"--index-url", "--shm-size", "--hypothesis-profile"}
+# Flags of other programs: pip, docker, torchrun.
+OTHERS = {
+    "--index-url", "--shm-size", "--nproc-per-node", "--nnodes", "--rdzv-backend",
+    "--rdzv-endpoint", "--max-restarts",
+}  # fmt: skip
 SIZES = ["--d-model", "16", "--n-head", "2", "--n-decode", "1", "--fc-dim", "32"]
 QUICK = ["--limit", "4", "--workers", "0"]
 
