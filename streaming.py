@@ -1,0 +1,258 @@
+"""Training images straight from tar shards: read one after another, and never the same way twice.
+
+The shards of a split, in an order by chance, are one long row of images. Each process (rank) has an
+unbroken part of it, no image in two parts, and takes its images through a buffer that mixes them.
+Which image comes when depends on seed, epoch, rank and number of processes alone, and is known
+before anything is read. All processes have the same number of steps.
+"""
+
+import contextlib
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+import shards
+from dataset import Batch, CaptionDataset, collate_fn, deaf, mix
+from images import read_image
+from records import MAX_LEFT_OUT, UNREADABLE, leave_out
+
+BUFFER = 1000  # images, as files, that are mixed: some 100 MB of photographs
+AHEAD = 2  # batches in the making beside the next
+
+
+class Segment(NamedTuple):
+    """Rows of the split's list that lie in one shard, one after another."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def segments(
+    counts: Sequence[int], *, seed: int, epoch: int, rank: int = 0, world: int = 1
+) -> list[Segment]:
+    """Return a rank's part of an epoch; `counts` are the images of each shard.
+
+    The parts of all ranks are the whole, and differ by one image at most. Raises ValueError where
+    there are fewer images than ranks.
+    """
+    total, starts = sum(counts), np.cumsum([0, *counts]).tolist()
+    if total < world:
+        raise ValueError(f"{total} images are too few for {world} processes")
+    low, high = total * rank // world, total * (rank + 1) // world
+    order = torch.randperm(len(counts), generator=chance("shards", seed, epoch)).tolist()
+    parts, before = [], 0
+    for shard in order:
+        first, last = max(low - before, 0), min(high - before, counts[shard])
+        if first < last:
+            parts.append(Segment(shard, starts[shard] + first, starts[shard] + last))
+        before += counts[shard]
+    return parts
+
+
+def chance(*parts: int | str) -> torch.Generator:
+    return torch.Generator().manual_seed(mix(*parts))
+
+
+def mixed(rows: np.ndarray, generator: torch.Generator, size: int = BUFFER) -> np.ndarray:
+    """Return `rows` in the order in which a buffer of `size`, from which chance draws, gives them.
+
+    No row comes before the buffer could have read it.
+    """
+    held, out = rows[:size].tolist(), []
+    if len(rows) > size:
+        drawn = torch.randint(size, (len(rows) - size,), generator=generator).tolist()
+        for place, row in zip(drawn, rows[size:].tolist(), strict=True):
+            out.append(held[place])
+            held[place] = row
+    out += [held[place] for place in torch.randperm(len(held), generator=generator).tolist()]
+    return np.array(out, np.int64)
+
+
+def steps_of(images: int, batch_size: int, world: int = 1) -> int:
+    """Return the steps of an epoch, the same on every rank, of `batch_size` images a rank."""
+    return math.ceil(math.ceil(images / world) / batch_size)
+
+
+def cut(rows: Sequence[int], steps: int, batch_size: int) -> list[Sequence[int]]:
+    """Return `rows` as so many batches, none of which is empty.
+
+    The last may be smaller. A rank that has no image left for it keeps one back from the batch
+    before; where batches are of one image, its last image comes twice.
+    """
+    if len(rows) < steps:
+        rows = np.append(rows, rows[-1])
+    cuts = [min(step * batch_size, len(rows) - steps + step) for step in range(steps + 1)]
+    return [rows[start:stop] for start, stop in pairwise(cuts)]
+
+
+@dataclass(eq=False)
+class ShardStream(IterableDataset):
+    """A rank's batches of an epoch, in order, beginning with `batches`' first.
+
+    Images are read in this process, one shard after another, and decoded by `threads`. Yields
+    `Batch`es, or, as the last, the error that ended it: an error raised in a loader's process would
+    be told with all its history.
+    """
+
+    dataset: CaptionDataset
+    root: str
+    names: Sequence[str]
+    parts: Sequence[Segment]
+    batches: Sequence[Sequence[int]]
+    threads: int = 0
+
+    def __iter__(self) -> Iterator[Batch | Exception]:
+        self.lost: list[str] = []
+        self.total = sum(map(len, self.batches))
+        self.lock = threading.Lock()
+        try:
+            yield from self._decoded()
+            leave_out(self.lost, self.total, "of the shards can't be read")
+        except (ValueError, OSError) as error:
+            yield error
+
+    def _decoded(self) -> Iterator[Batch]:
+        """Yield batches, some images ahead being decoded meanwhile."""
+        images = self._images()
+        with contextlib.ExitStack() as stack:
+            submit: Callable[..., Any] = _Now
+            if self.threads:
+                pool = stack.enter_context(ThreadPoolExecutor(self.threads))
+                stack.callback(pool.shutdown, cancel_futures=True)
+                submit = pool.submit
+            making: deque[list[Future]] = deque()
+            for rows in self.batches:
+                making.append([submit(self._item, row, next(images)) for row in rows])
+                if len(making) > (AHEAD if self.threads else 0):
+                    yield self._batch(making.popleft())
+            while making:
+                yield self._batch(making.popleft())
+
+    def _item(self, row: int, content: bytes | None) -> tuple | str | int:
+        """Return what `CaptionDataset` makes of a row; its image id where it can't be read."""
+        record = self.dataset.records[row]
+        if content is None:
+            return record.image_id
+        try:
+            image = read_image(content)
+        except UNREADABLE:
+            return record.image_id
+        # A process has one chance, torch's own: where it is drawn from, one thread at a time.
+        drawn = self.dataset.flip or getattr(self.dataset.transform, "crop", False)
+        with self.lock if drawn else contextlib.nullcontext():
+            return self.dataset.item(record, image)
+
+    def _batch(self, items: Sequence[Any]) -> Batch:
+        made = [item.result() for item in items]
+        good = [item for item in made if isinstance(item, tuple)]
+        self.lost += [str(item) for item in made if not isinstance(item, tuple)]
+        if len(self.lost) > MAX_LEFT_OUT * self.total:
+            leave_out(self.lost, self.total, "of the shards can't be read")
+        if not good:
+            raise ValueError(f"no image of a batch can be read: {', '.join(self.lost[-9:])}")
+        return collate_fn(good)
+
+    def _images(self) -> Iterator[bytes | None]:
+        """Yield the file of each row of the batches, None where it is missing."""
+        rows = np.concatenate(self.batches) if self.batches else np.empty(0, np.int64)
+        needed = np.zeros(len(self.dataset.records), bool)
+        needed[rows] = True
+        held: dict[int, bytes | None] = {}
+        source, content, last = self._read(needed), None, None
+        for row in rows.tolist():
+            if row != last:  # a last image may come twice
+                while row not in held:
+                    found, held[found] = next(source)
+                content, last = held.pop(row), row
+            yield content
+
+    def _read(self, needed: np.ndarray) -> Iterator[tuple[int, bytes | None]]:
+        """Yield row and file of each needed row, shard after shard; None for a file not there."""
+        for shard, start, stop in self.parts:
+            rows = (start + np.flatnonzero(needed[start:stop])).tolist()
+            names = {self.dataset.records[row].path.name: row for row in rows}
+            if names:
+                yield from shards.samples(self.root, self.names[shard], names)
+            yield from ((row, None) for row in names.values())
+
+
+class _Now:
+    """A call made at once, with a future's `result`."""
+
+    def __init__(self, call: Callable[..., Any], *arguments: Any):
+        self.value = call(*arguments)
+
+    def result(self) -> Any:
+        return self.value
+
+
+class StreamLoader:
+    """An epoch's batches from shards; raises what went wrong in reading them."""
+
+    def __init__(self, loader: DataLoader, steps: int):
+        self.loader, self.steps = loader, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self.loader:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+def stream_loader(
+    dataset: CaptionDataset,
+    root: str,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    skip: int = 0,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> StreamLoader:
+    """Return the batches of a rank, of `batch_size` images, for one epoch of the train shards.
+
+    The dataset's records are those that `shards.listed` gives, or the first of them. `skip` leaves
+    out that many batches at the start. One process reads, and decodes with `workers` threads;
+    neither changes what is read when.
+    """
+    every = shards.read_index(root).splits["train"]
+    starts = np.cumsum([0, *(shard.images for shard in every)]).tolist()
+    counts = [
+        max(0, min(shard.images, len(dataset.records) - start))
+        for shard, start in zip(every, starts, strict=False)
+    ]
+    parts = segments(counts, seed=seed, epoch=epoch, rank=rank, world=world)
+    rows = np.concatenate([np.arange(start, stop) for _, start, stop in parts])
+    rows = mixed(rows, chance("buffer", seed, epoch, rank, world))
+    batches = cut(rows, steps_of(sum(counts), batch_size, world), batch_size)[skip:]
+    stream = ShardStream(
+        replace(dataset, epoch=epoch),
+        root,
+        [shard.name for shard in every],
+        parts,
+        batches,
+        workers,
+    )
+    loader = DataLoader(
+        stream,
+        batch_size=None,
+        num_workers=1 if workers and batches else 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=deaf,
+    )
+    return StreamLoader(loader, len(batches))
