@@ -8,6 +8,7 @@ batch of that image, so the CNN runs once per image.
 
 import contextlib
 import hashlib
+import math
 import re
 import signal
 import unicodedata
@@ -41,6 +42,8 @@ __all__ = [
 
 # Captions of one image in a batch: one with thousands would not fit into memory.
 MOST_CAPTIONS = 50
+# A slip of the keyboard shall not fill a disk with views, or start a process for each image.
+MOST_VIEWS, MOST_WORKERS = 1000, 1024
 
 SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand(?:ed)?|side)?\b", re.IGNORECASE)
 
@@ -77,6 +80,9 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        for name, most in (("views", MOST_VIEWS), ("workers", MOST_WORKERS)):
+            if getattr(self, name) > most:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at most {most:,}")
         if not 0 < self.train_fraction <= 1:
             raise ValueError(
                 f"--train-fraction {self.train_fraction} must be above 0 and at most 1"
@@ -194,6 +200,7 @@ class Batch(NamedTuple):
 
     `inputs`: pixels (B, 3, H, W) or cached features (B, S, C); `tokens` (M, T) int64, each row
     <start> words <end> then <pad>; `owner` (M,) which image a caption belongs to, ascending.
+    Without `image_ids` it counts for nothing: see `get_loader`.
     """
 
     image_ids: list[str]
@@ -212,6 +219,7 @@ class CaptionDataset(Dataset):
     of the images, drawn anew each epoch, are mirrored. None is whose captions speak of left or
     right (views of odd number are mirrored ones). Without `vocabulary` there are no tokens. An
     image with more than `MOST_CAPTIONS` captions has so many of them as tokens, others each epoch.
+    The item at `~index` (a negative number) is that at `index`, with None for an id.
     """
 
     records: Sequence[Record]
@@ -227,7 +235,9 @@ class CaptionDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> tuple[str, Tensor, list[list[int]], list[str]]:
+    def __getitem__(self, index: int) -> tuple[str | None, Tensor, list[list[int]], list[str]]:
+        if index < 0:
+            return None, *self[~index][1:]
         return self.item(self.records[index])
 
     def item(
@@ -276,7 +286,10 @@ def seeded(*parts: int | str) -> Iterator[None]:
 
 
 def collate_fn(items: Sequence[tuple]) -> Batch:
-    """Return the batch of `items`: inputs stacked, captions padded to the longest of the batch."""
+    """Return the batch of `items`: inputs stacked, captions padded to the longest of the batch.
+
+    Items without an id (None) have none in the batch either.
+    """
     image_ids, inputs, tokens, references = zip(*items, strict=True)
     rows = [torch.tensor(caption) for captions in tokens for caption in captions]
     padded = torch.empty(0, 0, dtype=torch.int64)
@@ -284,7 +297,8 @@ def collate_fn(items: Sequence[tuple]) -> Batch:
         padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
     counts = torch.tensor([len(captions) for captions in tokens])
     owner = torch.arange(len(items)).repeat_interleave(counts)
-    return Batch(list(image_ids), torch.stack(inputs), padded, owner, list(references))
+    image_ids = [image_id for image_id in image_ids if image_id is not None]
+    return Batch(image_ids, torch.stack(inputs), padded, owner, list(references))
 
 
 def get_loader(
@@ -296,20 +310,20 @@ def get_loader(
     epoch: int = 0,
     skip: int = 0,
     workers: int = 0,
+    accumulate: int = 1,
+    rank: int = 0,
+    world: int = 1,
 ) -> DataLoader:
     """Return a loader of `Batch`es of `batch_size` images for one epoch.
 
     With `shuffle` the order depends on (seed, epoch) alone; `skip` leaves out that many batches
     at the start, which is how an interrupted epoch goes on. Every image is used: the last batch
-    may be smaller.
+    may be smaller. Of each batch a process has the share of its `rank` among `world` processes,
+    and that in `accumulate` parts, each a `Batch` of its own. Where there is no image for a part,
+    it borrows one, and its `image_ids` are empty: it counts for nothing.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} must be at least 1")
-    order = list(range(len(dataset)))
-    if shuffle:
-        generator = torch.Generator().manual_seed(mix(seed, epoch))
-        order = torch.randperm(len(dataset), generator=generator).tolist()
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][skip:]
+    order = Order(len(dataset), batch_size, seed if shuffle else None, epoch)
+    batches = Shares(order, skip, accumulate, rank, world)
     return DataLoader(
         replace(dataset, epoch=epoch),  # its own: a loader of another epoch may still be in use
         batch_sampler=batches,
@@ -318,6 +332,45 @@ def get_loader(
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=deaf,
     )
+
+
+class Order:
+    """Which images each batch of an epoch has: in order, or with a `seed` by chance."""
+
+    def __init__(self, images: int, batch_size: int, seed: int | None = None, epoch: int = 0):
+        if batch_size < 1:
+            raise ValueError(f"batch size {batch_size} must be at least 1")
+        self.batch_size = batch_size
+        self.order = torch.arange(images)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(mix(seed, epoch))
+            self.order = torch.randperm(images, generator=generator)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.order) / self.batch_size)
+
+    def __getitem__(self, number: int) -> list[int]:
+        """Return the images of a batch."""
+        first = number * self.batch_size
+        return self.order[first : first + self.batch_size].tolist()
+
+
+class Shares:
+    """One process's parts of the batches of an `Order`, from batch `skip` on."""
+
+    def __init__(self, order: Order, skip: int, accumulate: int, rank: int, world: int):
+        self.order, self.skip, self.parts = order, skip, accumulate
+        self.rank, self.world = rank, world
+
+    def __len__(self) -> int:
+        return max(0, len(self.order) - self.skip) * self.parts
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(self.skip, len(self.order)):
+            batch = self.order[number]
+            own = batch[self.rank :: self.world]
+            for part in range(self.parts):
+                yield own[part :: self.parts] or [~batch[0]]  # see CaptionDataset
 
 
 def deaf(worker: int) -> None:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from decoding import PAD, State
-from layers import Dropout, Layout, attend, join_heads, scaled_dot_products, split_heads, unpacked
+from layers import (
+    Dropout,
+    Layout,
+    attend,
+    join_heads,
+    moved,
+    scaled_dot_products,
+    split_heads,
+    unpacked,
+)
 
 # Far above what anybody trains: a file that asks for more is damaged, or means harm.
 LARGEST = {"d_model": 16384, "n_decode": 128, "n_head": 1024, "fc_dim": 65536, "seq_len": 1000}
@@ -213,13 +222,14 @@ class Transformer(Decoder):
     ) -> Taught:
         """Return logits (M, T-1, V) of `tokens` (M, T) by teacher forcing.
 
-        `memory` (B, S, D); `owner` (M,) the image of each caption, in any order. Only words are
+        `memory` (B, S, D); `owner` (M,) the image of each caption, in any order. Tokens and owner
+        may be on the CPU while memory is on a GPU, which then is never waited for. Only words are
         worked on: logits at padding are zero. With `attention`, also where each word looks: the
         mean over layers and heads. Raises ValueError on captions that are too long.
         """
-        inputs, real = tokens[:, :-1], self.words(tokens)
-        layout = Layout(real, owner, len(memory))
-        x = self.embed(inputs[layout.caption, layout.position], layout.position)
+        real = self.words(tokens)
+        layout = Layout(real, owner, len(memory), memory.device)
+        x = self.embed(moved(tokens[:, :-1][real], memory.device), layout.position)
         looks: list[Tensor] | None = [] if attention else None
         for block in self.blocks:
             x = block(x, layout, block.look(memory), looks)
@@ -286,6 +296,8 @@ class LSTM(Decoder):
         `memory` (B, 1, D) is read once an image; its captions, `owner` (M,), go on from there.
         Sequences are packed: the LSTM does not run over padding.
         """
+        lengths = self.words(tokens).sum(1).cpu()
+        tokens, owner = moved(tokens, memory.device), moved(owner, memory.device)
         real = self.words(tokens)
         if not len(tokens):
             return Taught(memory.new_zeros(*real.shape, len(self.bias)))
@@ -293,7 +305,7 @@ class LSTM(Decoder):
         state = tuple(part.index_select(1, owner) for part in state)
         words = pack_padded_sequence(
             self.read(tokens[:, :-1]),
-            real.sum(1).cpu(),
+            lengths,
             batch_first=True,
             enforce_sorted=False,
         )
@@ -384,6 +396,7 @@ class AttentionLSTM(Decoder):
         `memory` (B, S, D), `tokens` (M, T), `owner` (M,). Captions run longest first, and each
         leaves when it ends, so that no step works on padding.
         """
+        tokens, owner = moved(tokens, memory.device), moved(owner, memory.device)
         real = self.words(tokens)
         if not len(tokens):
             return Taught(memory.new_zeros(*real.shape, len(self.bias)))

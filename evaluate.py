@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import distributed
 import files
 import metrics
+from dataset import MOST_WORKERS
 from features import encode_images
 from generation import DecodingConfig, decode, spoken
 from inference import Captioner, named
@@ -33,6 +35,7 @@ PRINTED = (
     "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", "bad_endings",
     "repeats",
 )  # fmt: skip
+MOST_IMAGES = 2**20  # at once
 EXAMPLE_ROW = '{"image_id": …, "caption": "…"}'
 
 
@@ -95,6 +98,16 @@ def caption_split(
             captions.update(zip(image_ids, texts, strict=True))
             bar.update(len(image_ids))
     return captions
+
+
+def gathered(captions: Mapping[Any, str], records: Sequence[Record]) -> dict[Any, str]:
+    """Return the captions that all processes have, in the order of `records`.
+
+    Only the main process gets them; the others get none.
+    """
+    shares = distributed.gather(captions) or []
+    every = {image_id: text for share in shares for image_id, text in share.items()}
+    return {each.image_id: every[each.image_id] for each in records if each.image_id in every}
 
 
 def score_captions(
@@ -191,6 +204,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+        for name, most in (("batch_size", MOST_IMAGES), ("workers", MOST_WORKERS)):
+            if getattr(self, name) > most:
+                flag = f"--{name.replace('_', '-')}"
+                raise ValueError(f"{flag} {getattr(self, name)} must be at most {most:,}")
         if self.captions and self.ensemble:
             raise ValueError("--captions scores a file and uses no model; leave out --ensemble")
 
@@ -199,6 +216,7 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
     """Return the report (scores, split, image count, decoding settings) and the captions.
 
     The captions go by the ids of the split's records. Writes the page that `report` asks for.
+    Several processes share the images; all but the main one return nothing.
     """
     every = load_split(config.dataset, config.data_dir, config.split, config.split_seed)
     used = len(every) if config.limit is None else config.limit
@@ -213,12 +231,16 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
                 f"{config.checkpoint} has no encoder of its own to score with; give the "
                 "checkpoint that it was exported from"
             )
+        share = distributed.share(records)
         features = split_features(
-            captioner.model, records, batch_size=config.batch_size, workers=config.workers
+            captioner.model, share, batch_size=config.batch_size, workers=config.workers
         )
-        captions = caption_split(captioner.model, features, config.decoding, len(records))
+        captions = caption_split(captioner.model, features, config.decoding, len(share))
+        captions = gathered(captions, records)
         records = Records.of(records).keep(captions)
         how = {"decoding": asdict(config.decoding)}
+    if not distributed.is_main():
+        return {}, {}
     scores = score_captions(records, captions, java=config.java)
     scores |= metrics.faults(captions.values())
     about = {"dataset": config.dataset, "split": config.split, "images": len(records)}
@@ -242,7 +264,10 @@ def main(argv: list[str] | None = None) -> None:
         Config, argv, program="evaluate.py", description="Caption a split and score the captions."
     )
     files.check_writable(config.json, config.captions_json, config.report)
-    report, captions = evaluate(config)
+    with distributed.join():
+        report, captions = evaluate(config)
+    if not report:  # the main process has it
+        return
     print(f"{config.dataset} {config.split}, {report['images']} images")
     print_scores(report)
     if config.json:

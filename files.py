@@ -137,9 +137,14 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` to `path` as readable JSON, atomically."""
-    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    text = f"{json_text(value)}\n"
     # File names may hold bytes that are no text (lone surrogates): "\udcff" is also JSON's escape.
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def json_text(value: Any) -> str:
+    """Return `value` as JSON to be read by people, too."""
+    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def read_json(path: str | Path) -> Any:

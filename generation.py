@@ -11,12 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+import distributed
 from dataset import mix
 from decoding import PAD, Decoded, beam_search, greedy, sample
 from model import CaptionModel, ModelEnsemble
 from results import Caption
 
 MOST_BEAMS = 1000  # of one image, which bounds the memory it takes
+MOST_PENALTY = 100  # a caption's length to this power is still a number
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,22 @@ class DecodingConfig:
                 raise ValueError(f"{name.replace('_', ' ')} {value} must be at least {low}")
         if self.beam_size > MOST_BEAMS:
             raise ValueError(f"beam size {self.beam_size} must be at most {MOST_BEAMS:,}")
+        if not -MOST_PENALTY <= self.length_penalty <= MOST_PENALTY:
+            raise ValueError(
+                f"length penalty {self.length_penalty} must be between -{MOST_PENALTY} and "
+                f"{MOST_PENALTY}"
+            )
 
 
 def pick_device(device: torch.device | str) -> torch.device:
     """Return the device named; "auto" is the GPU where there is one, else the CPU.
 
+    Of several processes on a machine each has a GPU of its own, unless one is named by its number.
     Raises ValueError for a name that torch does not know, and for a device that is not there.
     """
+    if str(device) in ("auto", "cuda") and torch.cuda.is_available():
+        return own_gpu()
     if str(device) == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         return torch.empty(0, device=device).device
@@ -73,6 +81,20 @@ def pick_device(device: torch.device | str) -> torch.device:
             f"device {str(device)!r} can't be used ({reason}); choose from auto, cpu, cuda, "
             "cuda:1, mps"
         ) from error
+
+
+def own_gpu() -> torch.device:
+    """Return this process's GPU; ValueError where there are more processes than GPUs."""
+    if distributed.world() == 1:
+        return torch.device("cuda")
+    number, count = distributed.local_rank(), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"process {number + 1} on this machine has no GPU of its own, there are {count}; give "
+            f"torchrun --nproc-per-node {count}, or --device cpu"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def decode(

@@ -5,7 +5,7 @@ import importlib
 import io
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,17 +87,37 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
     Hidden files and `__MACOSX` are left out. A missing folder, or one that may not be read, is an
     OSError that names it.
     """
+    return [Path(name) for name in walk_images(folder, recursive)]
 
-    def refuse(error: OSError) -> None:
-        raise error
 
-    found = []
-    for parent, folders, names in os.walk(folder, onerror=refuse):
-        below = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        folders[:] = below if recursive else []
-        images = [name for name in names if Path(name).suffix.lower() in EXTENSIONS]
-        found += [Path(parent, name) for name in images if not name.startswith(".")]
-    return sorted(found)
+def walk_images(folder: str | Path, recursive: bool = True) -> Iterator[str]:
+    """Yield what `list_images` returns, as text: a million paths take a tenth of a gigabyte."""
+    waiting = [(str(Path(folder)), True)]
+    while waiting:
+        path, is_folder = waiting.pop()
+        if not is_folder:
+            yield path
+            continue
+        with os.scandir(path) as entries:
+            inside = sorted(filter(is_meant, entries), key=by_name, reverse=True)
+        base = "" if path == os.curdir else os.path.join(path, "")
+        for entry in inside:
+            below = entry.is_dir()
+            if not below or (recursive and not entry.is_symlink()):
+                waiting.append((base + entry.name, below))
+
+
+def is_meant(entry: os.DirEntry) -> bool:
+    """Tell whether a folder's entry is a picture, or a folder that may hold some."""
+    if entry.is_dir():
+        return not entry.name.startswith((".", "__MACOSX"))
+    suffix = os.path.splitext(entry.name)[1].lower()
+    return suffix in EXTENSIONS and not entry.name.startswith(".")
+
+
+def by_name(entry: os.DirEntry) -> str:
+    """Return what entries are sorted by, as the system compares names."""
+    return os.path.normcase(entry.name)
 
 
 def read_path(path: str | os.PathLike, at_least: int | None) -> Image.Image:

@@ -4,6 +4,7 @@ B images · S image positions · T words · n captions an image
 """
 
 import contextlib
+import datetime
 import functools
 import sys
 import zlib
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import distributed
 import files
 import plots
 from decoding import Decoded
@@ -28,13 +30,29 @@ from generation import DecodingConfig, decode, pick_device, spoken
 from images import read_image
 from model import CaptionModel, ModelEnsemble, checkpoint_file, load_models
 from onnx_model import OnnxModel, is_onnx, load_onnx
-from photos import annotated_places, find_photos, sidecar_places, write_annotated
-from results import FORMS, Caption, Result, Results, as_json, open_results, pick_form
+from photos import annotated_places, check_sidecars, find_photos, sidecar, write_annotated
+from results import (
+    Caption,
+    Lines,
+    Result,
+    Results,
+    as_json,
+    find_known,
+    find_parts,
+    free_part,
+    json_list,
+    merge,
+    open_results,
+    part_file,
+    pick_form,
+)
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
 # What bounds the memory of a batch, whatever is asked for: beams of all its images, and their
 # pixels as the CNN sees them.
 MOST_ROWS, MOST_PIXELS = 4096, 2**23
+# How long a process that is done waits for the others to have done their pictures.
+LONGEST_WAIT = datetime.timedelta(days=7)
 
 
 class Explained(NamedTuple):
@@ -82,7 +100,8 @@ class Captioner:
                     "no checkpoint was named and none is shipped; train one (python train.py) "
                     "and give its run folder: --checkpoint runs/NAME"
                 )
-            print(f"using the shipped model {SHIPPED}", file=sys.stderr)
+            if distributed.is_main():
+                print(f"using the shipped model {SHIPPED}", file=sys.stderr)
         paths = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
         if any(map(is_onnx, paths)):
             model = load_onnx(paths, device)
@@ -139,7 +158,7 @@ class Captioner:
             image = read_image(image)
         except (ValueError, OSError) as error:
             if forgiving:
-                return error
+                return bare(error)
             raise
         return [see(image) for see in self.transforms]
 
@@ -167,6 +186,12 @@ class Captioner:
         keys = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
         memory = self.model.remember(*(pixels.to(device) for pixels in views))
         return memory, decode(self.model, memory, config, n, keys)
+
+
+def bare(error: Exception) -> Exception:
+    """Return the error without where it was raised, which holds on to the pixels read till then."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def read_ahead(
@@ -247,7 +272,8 @@ class Config:
     """Of folders, take the pictures in the folders below too."""
     output: Path | None = None
     """Write the captions to this file (.csv, .jsonl, .html), with their scores (the mean
-    log-probability a word) and errors; if it is there already, go on where it stopped."""
+    log-probability a word) and errors; if it is there already, go on where it stopped. Needed
+    where torchrun starts several processes, which share the pictures."""
     format: Literal["csv", "jsonl", "html"] | None = None
     """Form of --output (default: by its name), or of what is printed (default: plain lines)."""
     write_sidecar: bool = False
@@ -272,93 +298,129 @@ def main(argv: list[str] | None = None) -> None:
 
     flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
     config = files.parse(flags, argv, program="inference.py", description="Caption pictures.")
-    files.check_writable(config.json, config.output, config.attention)
-    photos = find_photos(config.photos, config.annotate, recursive=config.recursive)
-    if config.attention and len(photos) != 1:
-        raise ValueError(f"--attention is of one picture, but {len(photos)} were named")
-    copies = {}
-    if config.annotate:
-        copies = annotated_places(config.annotate, config.photos, photos)
-    texts = sidecar_places(photos) if config.write_sidecar else {}
-    form = pick_form(config.output, config.format) if config.output or config.format else None
-    with contextlib.ExitStack() as stack:
-        out = Lines(len(photos) > 1 or config.photos[0].is_dir())
-        if config.output:
-            out = stack.enter_context(open_results(config.output, form, config.n))
-        elif form:
-            out = Results(sys.stdout, FORMS[form], config.n, Path(), None)
-        photos = [photo for photo in photos if str(photo) not in out.known]
+    with distributed.join(LONGEST_WAIT):
+        work = distributed.on_main(lambda: plan(config))
         captioner = Captioner.load(
             named(config.checkpoint, config.ensemble), config.device, **asdict(config.decoding)
         )
-        failed = caption_files(captioner, photos, config, out, copies, texts)
-    if config.attention and not failed:
-        write_attention(captioner, config.photos[0], config.attention)
-    if failed and len(photos) == 1 and not form:
-        raise failed[0]
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(photos)} pictures could not be captioned")
+        failed, error = caption_share(captioner, work, config)
+        if config.attention and not failed:
+            write_attention(captioner, config.photos[0], config.attention)
+        if failed and len(work.photos) == 1 and not work.form:
+            raise error
+        if failed and distributed.is_main():
+            raise ValueError(f"{failed} of {len(work.photos)} pictures could not be captioned")
 
 
-class Lines:
-    """Prints a picture's captions as plain lines, with its name where there are `many`."""
+class Work(NamedTuple):
+    """What there is to do, for all processes together."""
 
-    known: frozenset[str] = frozenset()
+    every: list[str]  # the pictures named
+    photos: list[str]  # those that have no row yet
+    copies: dict[str, str]  # where --annotate writes
+    form: str | None  # of `results.FORMS`; None: plain lines
+    part: int | None  # the first process's part of the output; None: it writes the file itself
 
-    def __init__(self, many: bool):
-        self.many = many
 
-    def add(self, results: Sequence[Result]) -> None:
-        """Print results; errors go to stderr."""
-        for result in results:
-            if result.error and self.many:
-                print(f"left out: {result.error}", file=sys.stderr)
-            for each in result.captions:
-                print(f"{result.image}\t{each.text}" if self.many else each.text, flush=True)
+def plan(config: Config) -> Work:
+    """Return what there is to do; raises ValueError or OSError where it can't be done."""
+    if distributed.world() > 1:
+        check_alone(config)
+    files.check_writable(config.json, config.output, config.attention)
+    every = find_photos(config.photos, config.annotate, recursive=config.recursive)
+    if config.attention and len(every) != 1:
+        raise ValueError(f"--attention is of one picture, but {len(every)} were named")
+    copies = annotated_places(config.annotate, config.photos, every) if config.annotate else {}
+    if config.write_sidecar:
+        check_sidecars(every)
+    form = pick_form(config.output, config.format) if config.output or config.format else None
+    if not config.output:
+        return Work(every, every, copies, form, None)
+    every = list(dict.fromkeys(every))  # a row a picture, however often it is named
+    known = find_known(config.output, form, config.n)
+    photos = [photo for photo in every if photo not in known]
+    part = free_part(config.output, form, config.n, every)
+    return Work(every, photos, copies, form, part if part or distributed.world() > 1 else None)
+
+
+def check_alone(config: Config) -> None:
+    """Raise ValueError for flags that are not for several processes."""
+    if config.output is None or files.is_special(config.output):
+        raise ValueError("several processes need a file to put their captions into; give --output")
+    for name in ("json", "attention"):
+        if getattr(config, name):
+            raise ValueError(f"--{name} is written by one process alone; start it without torchrun")
+
+
+def caption_share(captioner: Captioner, work: Work, config: Config) -> tuple[int, Exception | None]:
+    """Caption this process's share and write what is asked for.
+
+    Returns how many of all pictures could not be captioned, and why the first of the share
+    couldn't.
+    """
+    with contextlib.ExitStack() as stack:
+        out = Lines(len(work.photos) > 1 or config.photos[0].is_dir())
+        if config.output:
+            file = config.output
+            if work.part is not None:
+                file = part_file(file, work.part + distributed.rank())
+            out = stack.enter_context(open_results(file, work.form, config.n))
+        elif work.form:
+            out = Results(sys.stdout, work.form, config.n, Path())
+        also = stack.enter_context(json_list(config.json)) if config.json else None
+        failed, error = caption_files(captioner, work, config, out, also)
+    (failed,) = distributed.total([failed])
+    if work.part is not None and distributed.is_main():
+        merge(find_parts(config.output), config.output, work.form, config.n, work.every)
+    return int(failed), error
 
 
 def caption_files(
     captioner: Captioner,
-    photos: Sequence[Path],
+    work: Work,
     config: Config,
     out: Lines | Results,
-    copies: dict[Path, Path],
-    texts: dict[Path, Path],
-) -> list[Exception]:
-    """Caption pictures and write what is asked for; return why some have no caption.
+    also: Callable[[Any], None] | None,
+) -> tuple[int, Exception | None]:
+    """Caption this process's share of the pictures into `out` and what else is asked for.
 
     Only reading and writing are forgiven: settings wrong for one picture are wrong for all.
     """
-    failed: list[Exception] = []
-    rows: list[dict[str, Any]] = []
+    failed, first = 0, None
+    photos = distributed.share(work.photos)
     sizes = {"n": config.n, "batch_size": config.batch_size, "workers": config.workers}
     captioned = captioner.caption_many(photos, forgiving=True, **sizes)
     quiet = None if config.output else True  # a bar and printed lines would be in each other's way
     for photo, captions in tqdm(
         zip(photos, captioned, strict=True), total=len(photos), unit=" images", disable=quiet
     ):
+        result, error = beside(photo, captions, work, config)
         try:
-            if isinstance(captions, Exception):
-                raise captions
-            if photo in copies:
-                write_annotated(copies[photo], photo, captions[0].text)
-            if photo in texts:
-                files.write_text(texts[photo], f"{captions[0].text}\n")
-            result = Result(str(photo), captions)
-        except (ValueError, OSError) as error:
-            failed.append(error)
-            kept = () if isinstance(captions, Exception) else captions
-            result = Result(str(photo), kept, files.one_line(files.explain(error)))
-        try:
-            out.add([result])
-        except ValueError as error:  # a name that would break the file's lines costs only itself
-            failed.append(error)
+            out.add(result)
+        except ValueError as broken:  # a name that would break the file's lines costs only itself
+            error = broken
             print(f"left out: {files.one_line(str(error))}", file=sys.stderr)
-        if config.json and result.captions:
-            rows.append(as_json(result))
-    if config.json and rows:
-        files.write_json(config.json, rows)
-    return failed
+        if also and result.captions:
+            also(as_json(result))
+        if error:
+            failed, first = failed + 1, first or bare(error)
+    return failed, first
+
+
+def beside(
+    photo: str, captions: list[Caption] | Exception, work: Work, config: Config
+) -> tuple[Result, Exception | None]:
+    """Write what lies beside or in place of a picture; return its row, and what went wrong."""
+    if isinstance(captions, Exception):
+        return Result(photo, (), files.one_line(files.explain(captions))), captions
+    try:
+        if photo in work.copies:
+            write_annotated(work.copies[photo], photo, captions[0].text)
+        if config.write_sidecar:
+            files.write_text(sidecar(photo), f"{captions[0].text}\n")
+        return Result(photo, captions), None
+    except (ValueError, OSError) as error:
+        return Result(photo, captions, files.one_line(files.explain(error))), error
 
 
 def write_attention(captioner: Captioner, photo: Path, path: Path) -> None:

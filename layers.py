@@ -9,6 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the tensor on a device; from the CPU to a GPU without waiting for what that does."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy out of other memory would wait
+    return tensor.to(device, non_blocking=True)
+
+
 class Layout:
     """Where the N real words of a batch sit, so that no layer works on padding.
 
@@ -17,19 +26,24 @@ class Layout:
     image's keys and values are never copied for its captions.
     """
 
-    def __init__(self, real: Tensor, owner: Tensor, images: int):
-        """`real` (M, T) is True at words; `owner` (M,) the image of each caption."""
+    def __init__(self, real: Tensor, owner: Tensor, images: int, device: torch.device):
+        """`real` (M, T) is True at words; `owner` (M,) the image of each caption.
+
+        What is worked out where these are (the CPU, if nobody is to wait for a GPU) is put on
+        `device`.
+        """
         captions, length = real.shape
-        self.caption, self.position = real.nonzero(as_tuple=True)  # (N,), (N,)
-        self.by_caption = (captions, length), self.caption * length + self.position
-        image = owner[self.caption]
+        caption, position = real.nonzero(as_tuple=True)  # (N,), (N,)
+        image = owner[caption]
         order = image.argsort(stable=True)
         counts = image.bincount(minlength=images)
         before = counts.cumsum(0) - counts
         place = torch.empty_like(image)  # the place of each word among its image's words
         place[order] = torch.arange(len(image), device=image.device) - before[image[order]]
         width = int(counts.max())
-        self.by_image = (images, width), image * width + place
+        self.position = moved(position, device)
+        self.by_caption = (captions, length), moved(caption * length + position, device)
+        self.by_image = (images, width), moved(image * width + place, device)
 
     @staticmethod
     def spread(words: Tensor, grid: tuple[tuple[int, int], Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from decoding import PAD
+from layers import moved
 
 
 class Loss(NamedTuple):
@@ -25,6 +26,7 @@ class Loss(NamedTuple):
 def cross_entropy(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) -> Loss:
     """Return the loss of `logits` (M, T-1, V) for `tokens` (M, T); padding never counts.
 
+    `tokens` may be on the CPU while the logits are on a GPU, which then is never waited for.
     Smoothing mixes the target with the uniform distribution over the V words (arXiv 1512.00567).
     """
     log_probs, said, _ = _real_words(logits, tokens)
@@ -49,10 +51,12 @@ def self_critical(logits: Tensor, tokens: Tensor, advantage: Tensor) -> Loss:
 def _real_words(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probabilities (N, V) where a word is to come, the word's own, and its caption."""
     targets = tokens[:, 1:]
-    # The one place that waits for the GPU: how many real words there are.
+    # Nobody knows how many real words there are but who has the tokens: on a GPU, this waits.
     caption, position = (targets != PAD).nonzero(as_tuple=True)
+    words = targets[caption, position]
+    caption, position, words = (moved(each, logits.device) for each in (caption, position, words))
     log_probs = logits[caption, position].float().log_softmax(-1)  # (M, T-1, V) -> (N, V)
-    said = log_probs.gather(-1, targets[caption, position][:, None])[:, 0]
+    said = log_probs.gather(-1, words[:, None])[:, 0]
     return log_probs, said, caption
 
 

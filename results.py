@@ -1,16 +1,23 @@
 """Captions of many pictures as a file that grows by a line a picture: CSV, JSON lines, a page.
 
-What is there already is kept, and a run that was killed goes on after the last whole line.
+What is there already is kept, and a run that was killed goes on after the last whole line. Several
+processes write a part each, `captions.csv.part-0` and so on, which the first adds to the file at
+the end. Parts that a killed job left count as written.
 """
 
 import contextlib
 import csv
+import glob
+import heapq
 import html
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TextIO
 from urllib.parse import quote
@@ -126,6 +133,28 @@ def as_json(result: Result) -> dict[str, Any]:
     return {"image": result.image, "captions": captions, "error": result.error or None}
 
 
+@contextlib.contextmanager
+def json_list(path: Path) -> Iterator[Callable[[Any], None]]:
+    """Lend what adds a value to the list in a JSON file, there at the end if any value came.
+
+    Values are written as they come and not kept.
+    """
+    with contextlib.ExitStack() as stack:
+        file = None
+
+        def add(value: Any) -> None:
+            nonlocal file
+            begin = ",\n" if file else "[\n"
+            if not file:
+                temporary = stack.enter_context(files.replacing(path))
+                file = stack.enter_context(open(temporary, "wb"))
+                stack.callback(file.write, b"\n]\n")
+            text = files.json_text(value).replace("\n", "\n  ")
+            file.write(f"{begin}  {text}".encode("utf-8", "backslashreplace"))
+
+        yield add
+
+
 def pick_form(path: Path | None, name: str | None) -> str:
     """Return the form asked for by name, or by a file's; ValueError where neither says one."""
     found = name or ("csv" if path is None else path.suffix.lower().removeprefix("."))
@@ -137,71 +166,165 @@ def pick_form(path: Path | None, name: str | None) -> str:
     return found
 
 
+class Lines:
+    """Prints a picture's captions as plain lines, with its name where there are `many`."""
+
+    def __init__(self, many: bool):
+        self.many = many
+
+    def add(self, result: Result) -> None:
+        """Print a result; an error goes to stderr."""
+        if result.error and self.many:
+            print(f"left out: {result.error}", file=sys.stderr)
+        for each in result.captions:
+            print(f"{result.image}\t{each.text}" if self.many else each.text, flush=True)
+
+
 class Results:
-    """A file of results, open to be added to; `known` are the pictures in it already."""
+    """A file of results, open to be added to."""
 
-    def __init__(self, file: TextIO, form: Form, n: int, folder: Path, known: set[str] | None):
-        """`known` None: the file is empty, and gets its head."""
-        self.file, self.form, self.n, self.folder = file, form, n, folder
-        self.known = known or set()
-        if known is None and form.head(n):
-            file.write(form.head(n) + "\n")
+    def __init__(self, file: TextIO, form: str, n: int, folder: Path, *, head: bool = True):
+        """`form`: of `FORMS`; `folder`: where the file lies; `head`: it is new and gets one."""
+        self.file, self.form, self.n, self.folder = file, FORMS[form], n, folder
+        if head:
+            file.write(head_line(self.form, n))
 
-    def add(self, results: Sequence[Result]) -> None:
-        """Write results and hand them to the system at once. ValueError on a line break in a name,
+    def add(self, result: Result) -> None:
+        """Write a result and hand it to the system at once. ValueError on a line break in the name,
         which would break the line.
         """
-        for result in results:
-            if "\n" in result.image or "\r" in result.image:
-                raise ValueError(f"the file name {result.image!r} has a line break; rename it")
-        lines = [f"{self.form.line(result, self.n, self.folder)}\n" for result in results]
-        self.file.write("".join(lines))
+        if "\n" in result.image or "\r" in result.image:
+            raise ValueError(f"the file name {result.image!r} has a line break; rename it")
+        self.file.write(f"{self.form.line(result, self.n, self.folder)}\n")
         self.file.flush()
 
 
+def head_line(form: Form, n: int) -> str:
+    """Return the line that a file begins with, empty where it has none."""
+    return f"{form.head(n)}\n" if form.head(n) else ""
+
+
+TEXT = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+
+
 @contextlib.contextmanager
-def open_results(path: Path, name: str, n: int) -> Iterator[Results]:
-    """Open the file of results at `path` in a form of `FORMS`, new or to be continued.
-
-    Raises ValueError where it is another thing, or was made with another number of captions.
-    """
-    form = FORMS[name]
-    files.check_writable(path)
+def open_results(path: Path, form: str, n: int) -> Iterator[Results]:
+    """Open the file of results at `path`, which `find_known` has looked at, to add to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = read_known(path, form, n) if path.exists() and not files.is_special(path) else None
-    encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-    with open(path, "a", **encoding) as file:
-        yield Results(file, form, n, path.parent, known)
+    with open(path, "a", **TEXT) as file:
+        new = not os.fstat(file.fileno()).st_size
+        yield Results(file, form, n, path.parent, head=new)
 
 
-def read_known(path: Path, form: Form, n: int) -> set[str] | None:
-    """Return the pictures in a file of results, cut to its last whole line; None where it is empty.
+def find_known(path: Path, form: str, n: int) -> set[str]:
+    """Return the pictures that have a row at `path` or in its parts, all cut to whole lines.
+
+    Raises ValueError where one is another thing, or was made with another number of captions.
+    """
+    files.check_writable(path)
+    known: set[str] = set()
+    if path.exists() and not files.is_special(path):
+        known |= read_known(path, FORMS[form], n)
+    for part in reversed(find_parts(path)):
+        inside = read_known(part, FORMS[form], n)
+        if inside <= known:  # added already, by a job killed before it could remove the part
+            part.unlink()
+        known |= inside
+    return known
+
+
+def read_known(path: Path, form: Form, n: int) -> set[str]:
+    """Return the pictures in a file of results, which is cut to its last whole line.
 
     Raises ValueError where the file is another thing.
     """
     with open(path, "rb+") as file:
         end = whole_lines(file)
-        if not end:
-            if path.stat().st_size and not form.head(n).encode().startswith(path.read_bytes()):
-                raise ValueError(f"{path} is another file; name another --output")
-            file.truncate(0)
-            return None
+        if (
+            not end
+            and path.stat().st_size
+            and not form.head(n).encode().startswith(path.read_bytes())
+        ):
+            raise ValueError(f"{path} is another file; name another --output")
         file.truncate(end)
-    known: set[str] = set()
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        if form.head(n) and (first := file.readline().rstrip("\r\n")) != form.head(n):
+    return {image for image, _ in read_rows(path, form, n)}
+
+
+def read_rows(path: Path, form: Form, n: int) -> Iterator[tuple[str, str]]:
+    """Yield the picture and the line of each row of a file of results.
+
+    Raises ValueError where the file is another thing.
+    """
+    with open(path, **TEXT) as file:
+        head = form.head(n)
+        first = file.readline().rstrip("\r\n") if head else ""
+        if first != head and path.stat().st_size:
             raise ValueError(
                 f"{path} begins with {first[:60]!r}, not as these results would; it is another "
                 "file, or was made with another --n: name another --output"
             )
-        for number, line in enumerate(file, 2 if form.head(n) else 1):
+        for number, line in enumerate(file, 2 if head else 1):
             try:
-                known.add(form.image(line.rstrip("\r\n")))
+                yield form.image(line.rstrip("\r\n")), line
             except (ValueError, KeyError, TypeError, IndexError, StopIteration) as error:
                 raise ValueError(
                     f"line {number} of {path} is no result; name another --output"
                 ) from error
-    return known
+
+
+# --- parts, of several processes
+
+
+def part_file(path: Path, number: int) -> Path:
+    """Return the path of a part of the results at `path`."""
+    return path.with_name(f"{path.name}.part-{number}")
+
+
+def find_parts(path: Path) -> list[Path]:
+    """Return the parts that there are of the results at `path`, the oldest first."""
+    found = path.parent.glob(f"{glob.escape(path.name)}.part-*")
+    return sorted((part for part in found if part_number(part) >= 0), key=part_number)
+
+
+def part_number(part: Path) -> int:
+    """Return the number of a part, -1 where the file is none."""
+    number = part.name.rpartition(".part-")[2]
+    return int(number) if re.fullmatch("[0-9]{1,9}", number) else -1
+
+
+def free_part(path: Path, form: str, n: int, order: Sequence[str]) -> int:
+    """Return the number from which on parts are new; the parts there are become one.
+
+    So parts don't add up, however often a job is killed.
+    """
+    parts = find_parts(path)
+    number = part_number(parts[-1]) + 1 if parts else 0
+    if len(parts) < 2:
+        return number
+    merge(parts, part_file(path, number), form, n, order)
+    return number + 1
+
+
+def merge(parts: Sequence[Path], target: Path, form: str, n: int, order: Sequence[str]) -> None:
+    """Add the rows of `parts` to `target`, in the `order` of the pictures, and remove the parts.
+
+    Each part's rows must be in that order. Rows that are there are kept as they are. The target is
+    replaced when it is whole, so that a kill loses nothing and leaves no row twice.
+    """
+    files.sweep(target)
+    place = {image: number for number, image in enumerate(order)}
+    rows = [read_rows(part, FORMS[form], n) for part in parts]
+    merged = heapq.merge(*rows, key=lambda row: place.get(row[0], -1))
+    with files.replacing(target) as temporary, open(temporary, "a", **TEXT) as out:
+        if target.exists() and target.stat().st_size:
+            with open(target, **TEXT) as whole:
+                shutil.copyfileobj(whole, out)
+        else:
+            out.write(head_line(FORMS[form], n))
+        for _, same in itertools.groupby(merged, key=lambda row: row[0]):
+            out.write(next(same)[1])
+    for part in parts:
+        part.unlink()
 
 
 def whole_lines(file: Any) -> int:

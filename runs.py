@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+import distributed
 import files
 from settings import Config
 
@@ -27,11 +28,15 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def run_folder(config: Config) -> Iterator[Path]:
-    """Lend the folder of the run, which is this process's alone until the end.
+    """Lend the folder of the run, which is this job's alone until the end.
 
-    Raises ValueError where another run is at work in it, or where a new run would write over one;
-    OSError where it can't be written. A folder that stays empty is removed.
+    Its first process alone writes there. Raises ValueError where another run is at work in it, or
+    where a new run would write over one; OSError where it can't be written. A folder that stays
+    empty is removed.
     """
+    if not distributed.is_main():
+        yield distributed.shared(None)
+        return
     folder = config.train.output or _free_name(config.data.dataset)
     files.check_writable(folder / "config.json")
     lock = folder / ".lock"
@@ -43,7 +48,7 @@ def run_folder(config: Config) -> Iterator[Path]:
                 )
             for name in LARGE:
                 files.sweep(folder / name)
-            yield folder
+            yield distributed.shared(folder)
         finally:
             with contextlib.suppress(OSError):  # Windows keeps a file that is open
                 lock.unlink()
@@ -135,10 +140,20 @@ class Interrupts:
             signal.signal(number, handler)
 
     def heed(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items; once asked to stop, raise StoppedError instead of the next."""
+        """Yield the items; once asked to stop, raise StoppedError instead of the next.
+
+        All processes of a job go through as many items, and stop at the same one.
+        """
         for item in items:
-            if self.asked:
-                raise StoppedError
+            self.check()
             yield item
-            if self.asked:  # before the next is waited for
-                raise StoppedError
+            self.check()  # before the next is waited for
+
+    def check(self) -> None:
+        """Raise StoppedError if this process, or another of the job, was asked to stop."""
+        if distributed.total([self.asked])[0]:
+            raise StoppedError
+
+    def heed_alone(self, items: Iterable[T]) -> Iterator[T]:
+        """Do the same where processes have items of their own; only a job of one stops there."""
+        return self.heed(items) if distributed.world() == 1 else iter(items)

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import distributed
 import files
 from dataset import DataConfig
 from decoder import DecoderConfig
@@ -73,7 +74,7 @@ def configure(argv: list[str] | None) -> Config:
         return files.parse(Config, argv, program="train.py", description=described, default=default)
 
     preset = PRESETS[read(Config()).preset.preset]
-    given = read(updated(Config(), preset))
+    given = as_restarted(read(updated(Config(), preset)))
     changes = DATASET_DEFAULTS.get(given.data.dataset, {}) | preset
     begun = read_sizes(given.train.init_from) if given.train.init_from else {}
     changes |= begun
@@ -81,7 +82,7 @@ def configure(argv: list[str] | None) -> Config:
     if given.train.resume:
         stored = read_run(given.train.output or Path("runs") / given.data.dataset)
         changes = stored
-    config = read(updated(Config(), changes))
+    config = as_restarted(read(updated(Config(), changes)))
     for name in begun.keys() - {"dropout"}:
         if (now := flat(config)[name]) != begun[name]:
             raise ValueError(
@@ -95,6 +96,19 @@ def configure(argv: list[str] | None) -> Config:
                 f"--{name.replace('_', '-')} {now} differs from the run's {then}; a resumed run "
                 "keeps it, start a new one with another --output"
             )
+    return config
+
+
+def as_restarted(config: Config) -> Config:
+    """Return the flags, with --resume where torchrun has started the run's processes anew.
+
+    Raises ValueError where they would not find their run again.
+    """
+    output = config.train.output
+    if distributed.may_restart() and not output:
+        raise ValueError("--max-restarts needs --output: a run that is restarted must be found")
+    if distributed.restarted() and (output / "config.json").exists():
+        return replace(config, train=replace(config.train, resume=True))
     return config
 
 

@@ -3,11 +3,11 @@
 The shards of a split, in an order by chance, are one long row of images. Each process (rank) has an
 unbroken part of it, no image in two parts, and takes its images through a buffer that mixes them.
 Which image comes when depends on seed, epoch, rank and number of processes alone, and is known
-before anything is read. All processes have the same number of steps.
+before anything is read. All processes have the same number of steps, and together a whole batch in
+each but the last.
 """
 
 import contextlib
-import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import shards
 from dataset import Batch, CaptionDataset, collate_fn, deaf, mix
+from decoding import END, START
 from images import read_image
 from records import MAX_LEFT_OUT, UNREADABLE, leave_out
 
@@ -37,18 +38,24 @@ class Segment(NamedTuple):
     stop: int
 
 
+def share(images: int, rank: int, world: int) -> int:
+    """Return how many of the first `images` of an epoch's batches are a rank's.
+
+    (images + rank) // world, which over all ranks sums to `images` exactly (Hermite's identity).
+    """
+    return (images + rank) // world
+
+
 def segments(
     counts: Sequence[int], *, seed: int, epoch: int, rank: int = 0, world: int = 1
 ) -> list[Segment]:
     """Return a rank's part of an epoch; `counts` are the images of each shard.
 
-    The parts of all ranks are the whole, and differ by one image at most. Raises ValueError where
-    there are fewer images than ranks.
+    The parts of all ranks are the whole, and differ by one image at most.
     """
     total, starts = sum(counts), np.cumsum([0, *counts]).tolist()
-    if total < world:
-        raise ValueError(f"{total} images are too few for {world} processes")
-    low, high = total * rank // world, total * (rank + 1) // world
+    low = sum(share(total, other, world) for other in range(rank))
+    high = low + share(total, rank, world)
     order = torch.randperm(len(counts), generator=chance("shards", seed, epoch)).tolist()
     parts, before = [], 0
     for shard in order:
@@ -78,30 +85,26 @@ def mixed(rows: np.ndarray, generator: torch.Generator, size: int = BUFFER) -> n
     return np.array(out, np.int64)
 
 
-def steps_of(images: int, batch_size: int, world: int = 1) -> int:
-    """Return the steps of an epoch, the same on every rank, of `batch_size` images a rank."""
-    return math.ceil(math.ceil(images / world) / batch_size)
+def cut(
+    rows: np.ndarray, images: int, batch_size: int, rank: int = 0, world: int = 1
+) -> list[np.ndarray]:
+    """Return a rank's `rows` as its shares of an epoch's batches, of `images` in all.
 
-
-def cut(rows: Sequence[int], steps: int, batch_size: int) -> list[Sequence[int]]:
-    """Return `rows` as so many batches, none of which is empty.
-
-    The last may be smaller. A rank that has no image left for it keeps one back from the batch
-    before; where batches are of one image, its last image comes twice.
+    Over all ranks each batch has `batch_size` images, but the last; some shares may be empty.
     """
-    if len(rows) < steps:
-        rows = np.append(rows, rows[-1])
-    cuts = [min(step * batch_size, len(rows) - steps + step) for step in range(steps + 1)]
+    ends = [*range(batch_size, images, batch_size), images]
+    cuts = [0, *(share(end, rank, world) for end in ends)]
     return [rows[start:stop] for start, stop in pairwise(cuts)]
 
 
 @dataclass(eq=False)
 class ShardStream(IterableDataset):
-    """A rank's batches of an epoch, in order, beginning with `batches`' first.
+    """A rank's batches of an epoch, as rows, read and decoded in this order.
 
     Images are read in this process, one shard after another, and decoded by `threads`. Yields
     `Batch`es, or, as the last, the error that ended it: an error raised in a loader's process would
-    be told with all its history.
+    be told with all its history. In place of a batch without any image that can be read comes one
+    whose `image_ids` are empty: it counts for nothing.
     """
 
     dataset: CaptionDataset
@@ -158,23 +161,24 @@ class ShardStream(IterableDataset):
         self.lost += [str(item) for item in made if not isinstance(item, tuple)]
         if len(self.lost) > MAX_LEFT_OUT * self.total:
             leave_out(self.lost, self.total, "of the shards can't be read")
-        if not good:
-            raise ValueError(f"no image of a batch can be read: {', '.join(self.lost[-9:])}")
-        return collate_fn(good)
+        return collate_fn(good or [self._nothing()])
+
+    def _nothing(self) -> tuple:
+        """Return an item without an id, as `CaptionDataset` makes it: an even grey, no word."""
+        size = self.dataset.transform.size
+        return None, torch.zeros(3, size, size), [[START, END]], [""]
 
     def _images(self) -> Iterator[bytes | None]:
         """Yield the file of each row of the batches, None where it is missing."""
-        rows = np.concatenate(self.batches) if self.batches else np.empty(0, np.int64)
+        rows = np.concatenate([*self.batches, np.empty(0, np.int64)])
         needed = np.zeros(len(self.dataset.records), bool)
         needed[rows] = True
         held: dict[int, bytes | None] = {}
-        source, content, last = self._read(needed), None, None
+        source = self._read(needed)
         for row in rows.tolist():
-            if row != last:  # a last image may come twice
-                while row not in held:
-                    found, held[found] = next(source)
-                content, last = held.pop(row), row
-            yield content
+            while row not in held:
+                found, held[found] = next(source)
+            yield held.pop(row)
 
     def _read(self, needed: np.ndarray) -> Iterator[tuple[int, bytes | None]]:
         """Yield row and file of each needed row, shard after shard; None for a file not there."""
@@ -221,25 +225,31 @@ def stream_loader(
     epoch: int = 0,
     skip: int = 0,
     workers: int = 0,
+    accumulate: int = 1,
     rank: int = 0,
     world: int = 1,
 ) -> StreamLoader:
-    """Return the batches of a rank, of `batch_size` images, for one epoch of the train shards.
+    """Return the batches of an epoch of the train shards, as `dataset.get_loader` does of files.
 
-    The dataset's records are those that `shards.listed` gives, or the first of them. `skip` leaves
-    out that many batches at the start. One process reads, and decodes with `workers` threads;
-    neither changes what is read when.
+    The dataset's records are those that `shards.listed` gives, or the first of them. A process has
+    its share of each batch of `batch_size` images, in `accumulate` parts; `skip` leaves out that
+    many batches at the start. One process reads, and decodes with `workers` threads; neither
+    changes what is read when.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch size {batch_size} must be at least 1")
     every = shards.read_index(root).splits["train"]
     starts = np.cumsum([0, *(shard.images for shard in every)]).tolist()
     counts = [
         max(0, min(shard.images, len(dataset.records) - start))
         for shard, start in zip(every, starts, strict=False)
     ]
+    total = sum(counts)
     parts = segments(counts, seed=seed, epoch=epoch, rank=rank, world=world)
-    rows = np.concatenate([np.arange(start, stop) for _, start, stop in parts])
-    rows = mixed(rows, chance("buffer", seed, epoch, rank, world))
-    batches = cut(rows, steps_of(sum(counts), batch_size, world), batch_size)[skip:]
+    rows = [np.arange(start, stop) for _, start, stop in parts] or [np.empty(0, np.int64)]
+    rows = mixed(np.concatenate(rows), chance("buffer", seed, epoch, rank, world))
+    shares = cut(rows, total, batch_size, rank, world)[skip:]
+    batches = [own[part::accumulate] for own in shares for part in range(accumulate)]
     stream = ShardStream(
         replace(dataset, epoch=epoch),
         root,

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import distributed
 import files
 import plots
 import shards
 from dataset import CaptionDataset, DataConfig, Vocabulary, get_loader
 from encoder import Encoder, backbone, build_encoder, image_transform
-from evaluate import caption_split, print_scores, score_captions, split_features
+from evaluate import caption_split, gathered, print_scores, score_captions, split_features
 from features import FeatureCache, cached_features
 from generation import DecodingConfig, pick_device
 from images import read_image
@@ -142,6 +143,8 @@ def split_cache(
         workers=config.data.workers,
         amp=config.train.amp and learned_from,
         views=config.data.views if learned_from else 1,
+        rank=distributed.rank(),
+        world=distributed.world(),
     )
 
 
@@ -150,7 +153,7 @@ def train(config: Config) -> dict[str, Any]:
     with run_folder(config) as folder:
         records = load_data(config.data)
         if not config.train.resume:  # before hours of encoding, after which a --resume goes on
-            files.write_json(folder / "config.json", flat(config))
+            write_flags(folder, config)
         model, data = build(config, records)
         steps = math.ceil(len(data.records["train"]) / config.train.batch_size)
         trainer = Trainer(model, config.train, steps)
@@ -160,9 +163,22 @@ def train(config: Config) -> dict[str, Any]:
             )
         if config.train.resume:
             go_on(trainer, folder)
-            files.write_json(folder / "config.json", flat(config))
+            write_flags(folder, config)
         print_start(config, model, data, folder)
         return run_stages(trainer, config, data, folder)
+
+
+def write_flags(folder: Path, config: Config) -> None:
+    """Write config.json."""
+    if distributed.is_main():
+        files.write_json(folder / "config.json", flat(config))
+
+
+def write_state(folder: Path, trainer: Trainer) -> None:
+    """Write last.pt; all processes have their part in what it says."""
+    state = trainer.state()
+    if distributed.is_main():
+        save_state(folder, state)
 
 
 def go_on(trainer: Trainer, folder: Path) -> None:
@@ -183,7 +199,7 @@ def run_stages(trainer: Trainer, config: Config, data: Data, folder: Path) -> di
                 finish_epoch(trainer, config, data, folder, interrupts)
             return finish(config, data, folder, trainer.rows, interrupts)
         except StoppedError:
-            save_state(folder, trainer.state())
+            write_state(folder, trainer)
             print(f"stopped after step {trainer.step_number}; go on: --resume --output {folder}")
             raise KeyboardInterrupt from None
 
@@ -197,7 +213,7 @@ def enter_self_critical(trainer: Trainer, folder: Path) -> bool:
         trainer.model.load_state_dict(best.state_dict())
     trainer.begin(critical=True)
     # Now: a run killed later must not begin the stage again with a best model out of the stage.
-    save_state(folder, trainer.state())
+    write_state(folder, trainer)
     return True
 
 
@@ -221,6 +237,9 @@ def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interr
         "epoch": trainer.epoch,
         "skip": trainer.batch,
         "workers": 0 if cache is not None else config.data.workers,
+        "accumulate": config.train.accumulate,
+        "rank": distributed.rank(),
+        "world": distributed.world(),
     }
     if config.data.dataset == "shards":
         root = str(data_folder("shards", config.data.data_dir))
@@ -230,10 +249,12 @@ def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interr
     began = time.perf_counter()
     last = trainer.first_epoch + trainer.stage_epochs
     name = f"{'self-critical ' if trainer.critical else ''}epoch {trainer.epoch + 1}/{last}"
-    bar = tqdm(loader, desc=name, unit=" steps", disable=None, leave=False)
+    steps = zip(*[iter(loader)] * config.train.accumulate, strict=True)
+    total = len(loader) // config.train.accumulate
+    bar = tqdm(steps, desc=name, total=total, unit=" steps", disable=None, leave=False)
     try:
-        for batch in interrupts.heed(bar):
-            trainer.step(batch)
+        for parts in interrupts.heed(bar):
+            trainer.step(*parts)
     finally:
         trainer.seconds += time.perf_counter() - began
     trainer.check()
@@ -243,53 +264,76 @@ def finish_epoch(
     trainer: Trainer, config: Config, data: Data, folder: Path, interrupts: Interrupts
 ) -> None:
     """Validate, write the run's files, and make ready for the next epoch."""
+    sums = trainer.sums()
     row: dict[str, Any] = {
         "epoch": trainer.epoch + 1,
-        "train_loss": None if trainer.critical else float(trainer.nll) / trainer.words,
+        "train_loss": None if trainer.critical else sums["nll"] / trainer.words,
         "val_loss": None,
         "CIDEr": None,
         "BLEU-4": None,
         "lr": trainer.optimizer.param_groups[-1]["lr"],
         "seconds": round(trainer.seconds, 1),
-        "reward": trainer.rewarded / trainer.samples if trainer.critical else None,
-        "baseline": trainer.baselines / trainer.samples if trainer.critical else None,
+        "reward": sums["rewarded"] / sums["samples"] if trainer.critical else None,
+        "baseline": sums["baselines"] / sums["samples"] if trainer.critical else None,
         "bad_endings": None,
         "repeats": None,
     }
     best = trainer.best()
     with trainer.averaged() as model:
         if "val" in data.records:
-            records = data.records["val"]
-            batches = split_features(model, records, data.caches.get("val"))
-            features = list(interrupts.heed(batches))
-            captions = caption_split(model, interrupts.heed(features), VALIDATION, len(records))
-            scores = score_captions(records, captions)
-            row |= {"val_loss": split_loss(model, records, features)}
-            row |= {"CIDEr": scores["CIDEr"], "BLEU-4": scores["BLEU-4"]}
-            row |= faults(captions.values())
-            write_samples(folder / "samples" / f"epoch-{row['epoch']:02}.png", records, captions)
-        if row["CIDEr"] is None or row["CIDEr"] > best:
-            model.save(folder / "best.safetensors", scores=row, training=training_facts(config))
+            scores, captions = score_split(model, data, "val", VALIDATION, interrupts)
+            row |= {"val_loss": scores.pop("loss")} | {name: scores.get(name) for name in SHOWN}
+        row = distributed.shared(row)  # the scores are the main process's
+        if distributed.is_main():
+            if "val" in data.records:
+                page = folder / "samples" / f"epoch-{row['epoch']:02}.png"
+                write_samples(page, data.records["val"], captions)
+            if row["CIDEr"] is None or row["CIDEr"] > best:
+                model.save(folder / "best.safetensors", scores=row, training=training_facts(config))
     trainer.rows.append(row)
-    trainer.epoch, trainer.batch = trainer.epoch + 1, 0
-    trainer.forget_sums()
-    write_rows(folder / "metrics.csv", trainer.rows)
-    plots.learning_curve(folder / "learning_curve.png", trainer.rows)
+    trainer.epoch += 1
+    trainer.forget()
+    if distributed.is_main():
+        write_rows(folder / "metrics.csv", trainer.rows)
+        plots.learning_curve(folder / "learning_curve.png", trainer.rows)
     # Last, so that a state on disk never runs ahead of the files it stands for.
-    save_state(folder, trainer.state())
+    write_state(folder, trainer)
     print_row(row, trainer.device)
 
 
 # Three beams rank epochs as five do. The greedy method does not: self-critical training makes it
 # better long after beams have got worse.
 VALIDATION = DecodingConfig(beam_size=3)
+SHOWN = ("CIDEr", "BLEU-4", "bad_endings", "repeats")  # of the scores, after each epoch
+
+
+def score_split(
+    model: CaptionModel, data: Data, split: str, decoding: DecodingConfig, interrupts: Interrupts
+) -> tuple[dict[str, float], dict[Any, str]]:
+    """Return the scores of a split, its loss too, and its captions, on the main process.
+
+    Each process captions its share; the others return no captions, and the loss as their score.
+    """
+    records = data.records[split]
+    share = distributed.share(records)
+    batches = split_features(model, share, data.caches.get(split))
+    features = list(interrupts.heed_alone(batches))
+    captions = caption_split(model, interrupts.heed_alone(features), decoding, len(share))
+    captions = gathered(captions, records)
+    scores = {}
+    if distributed.is_main():
+        scores = score_captions(records, captions) | faults(captions.values())
+    return scores | {"loss": split_loss(model, records, features)}, captions
 
 
 @torch.inference_mode()
 def split_loss(
     model: CaptionModel, records: Sequence[Record], features: list[tuple[list[str], list[Tensor]]]
 ) -> float:
-    """Return the mean negative log-likelihood a word, in nats, of the split's captions."""
+    """Return the mean negative log-likelihood a word, in nats, of the split's captions.
+
+    `features` are those of this process's share of the images; the loss is that of all.
+    """
     lines = {record.image_id: record.captions for record in records}
     nll, words = 0.0, 0
     device = next(model.parameters()).device
@@ -302,6 +346,7 @@ def split_loss(
         owner = torch.arange(len(captions)).repeat_interleave(counts).to(device)
         loss = cross_entropy(model(batch.to(device), tokens, owner).logits, tokens)
         nll, words = nll + float(loss.nll), words + loss.words
+    nll, words = distributed.total([nll, words])
     return nll / words
 
 
@@ -342,24 +387,26 @@ def finish(
     rows: Sequence[dict[str, Any]],
     interrupts: Interrupts,
 ) -> dict[str, Any]:
-    """Score the best model on val and, once, on test; write scores.json and print them."""
+    """Score the best model on val and, once, on test; write scores.json and print them.
+
+    Returns the scores by split, on the main process.
+    """
     model = CaptionModel.load(folder, pick_device(config.train.device))
     report: dict[str, Any] = {}
     for split in ("val", "test"):
         if split not in data.records:
             continue
         records = data.records[split]
-        batches = split_features(model, records, data.caches.get(split))
-        features = list(interrupts.heed(batches))
-        captions = caption_split(model, interrupts.heed(features), DecodingConfig(), len(records))
-        scores = score_captions(records, captions)
-        scores["loss"] = split_loss(model, records, features)
+        scores, captions = score_split(model, data, split, DecodingConfig(), interrupts)
         report[split] = {**scores, "images": len(records), "decoding": asdict(DecodingConfig())}
-        write_samples(folder / "samples" / f"{split}.png", records, captions)
-        print(f"{split}, {len(records)} images, beam {DecodingConfig().beam_size}")
-        print_scores(scores)
-        for record in records[:3]:
-            print(f"    {record.image_id}: {captions[record.image_id]}")
+        if distributed.is_main():
+            write_samples(folder / "samples" / f"{split}.png", records, captions)
+            print(f"{split}, {len(records)} images, beam {DecodingConfig().beam_size}")
+            print_scores(scores)
+            for record in records[:3]:
+                print(f"    {record.image_id}: {captions[record.image_id]}")
+    if not distributed.is_main():
+        return {}
     test_loss = report.get("test", {}).get("loss")
     plots.learning_curve(folder / "learning_curve.png", list(rows), test_loss)
     files.write_json(folder / "scores.json", report)
@@ -398,7 +445,8 @@ def print_row(row: dict[str, Any], device: torch.device) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Train a captioner."""
-    train(configure(argv))
+    with distributed.join():
+        train(distributed.on_main(lambda: configure(argv)))
 
 
 if __name__ == "__main__":

@@ -5,24 +5,29 @@ T words · M captions in a batch
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+import distributed
 from dataset import Batch, mix
-from decoding import START, bounded, sample
+from decoding import PAD, START, bounded, sample
 from encoder import fingerprint, multiplies_bfloat16
-from layers import Dropout
-from losses import Loss, cross_entropy, self_critical, unlooked
+from layers import Dropout, moved
+from losses import cross_entropy, self_critical, unlooked
 from model import CaptionModel
 from rewards import Rewards, leave_one_out
 
 # Steps between two looks at the losses: a GPU is waited for at each.
 CHECK_EVERY = 50
+# What AdamW makes of a rate must be a float32. Weights are no numbers long before that.
+MOST_RATE = 1e30
+MOST_SAMPLES = 1000  # of one image, which bounds the memory it takes
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,9 @@ class TrainConfig:
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 32
-    """Images a step, each with all its captions."""
+    """Images a step, each with all its captions; several processes share them."""
+    accumulate: int = 1
+    """Parts that a process works through its share of a step in, to take less memory."""
     scst_epochs: int = 0
     """After these, passes that make sampled captions with a high CIDEr-D likelier (self-critical
     training), from the best model so far."""
@@ -73,16 +80,24 @@ class TrainConfig:
     """auto, cpu, cuda, cuda:1, mps."""
     amp: bool = True
     """Mixed precision (bfloat16) where the device is made for it: GPUs, CPUs with AVX512-BF16."""
+    compile: bool = False
+    """Compile the model first (torch.compile): a minute or more, then faster steps on a GPU."""
 
     def __post_init__(self) -> None:
-        least = {"epochs": 0, "batch_size": 1, "scst_epochs": 0, "scst_samples": 2, "scst_bleu": 0,
-                 "grad_clip": 0, "weight_decay": 0, "patience": 0}  # fmt: skip
+        least = {"epochs": 0, "batch_size": 1, "accumulate": 1, "scst_epochs": 0,
+                 "scst_samples": 2, "scst_bleu": 0, "grad_clip": 0, "weight_decay": 0,
+                 "patience": 0}  # fmt: skip
         for name, low in least.items():
-            if getattr(self, name) < low:
+            if not getattr(self, name) >= low:  # false for NaN too
                 raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least {low}")
-        for name in ("lr", "cnn_lr", "scst_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be above 0")
+        for name in ("weight_decay", "scst_bleu", "attention_penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"{_flag(name)} {getattr(self, name)} must be at least 0 and finite"
+                )
+        if self.scst_samples > MOST_SAMPLES:
+            raise ValueError(f"--scst-samples {self.scst_samples} must be at most {MOST_SAMPLES:,}")
+        self._check_rates()
         if not self.epochs and not (self.scst_epochs and (self.init_from or self.resume)):
             raise ValueError(
                 "--epochs 0 leaves nothing to train; it is for --scst-epochs with --init-from"
@@ -93,28 +108,68 @@ class TrainConfig:
                     f"{_flag(name)} {getattr(self, name)} must be at least 0 and below 1"
                 )
 
+    def _check_rates(self) -> None:
+        for name in ("lr", "cnn_lr", "scst_lr"):
+            if not 0 < getattr(self, name) <= MOST_RATE:
+                raise ValueError(
+                    f"{_flag(name)} {getattr(self, name)} must be above 0 and at most {MOST_RATE:g}"
+                )
+        if self.scst_epochs and self.cnn_lr * (self.scst_lr / self.lr) > MOST_RATE:
+            raise ValueError(
+                f"--cnn-lr {self.cnn_lr} times --scst-lr {self.scst_lr} / --lr {self.lr} must be "
+                f"at most {MOST_RATE:g}: it is the CNN's learning rate in self-critical training"
+            )
+
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+class Lesson(NamedTuple):
+    """What a part of a step reads by teacher forcing: captions by people, or by the model itself.
+
+    `inputs` and `owner` as in `Batch`, `tokens` (M, T); `advantage` (M,) of the model's own ones
+    says how much better each is than its baseline.
+    """
+
+    inputs: Tensor
+    tokens: Tensor
+    owner: Tensor
+    advantage: Tensor | None = None
+    counts: bool = True  # False: nothing is to be learned of it, it is there to keep step
+
+    @property
+    def words(self) -> int:
+        """Return how many words there are to learn from."""
+        return int((self.tokens[:, 1:] != PAD).sum()) if self.counts else 0
+
+    @property
+    def captions(self) -> int:
+        """Return how many captions there are to learn from."""
+        return len(self.tokens) if self.counts else 0
+
+
 class Trainer:
     """A model with its optimiser and average of weights, and how far training has come.
 
-    Nothing is random but by (seed, step), so this state and the step are all a resumed run needs.
+    Nothing is random but by (seed, step, rank), so this state and the step are all a resumed run
+    needs. The processes of a job have the same weights, and each its share of a step's images: a
+    step is the same as one process would make it, but for dropout and what is drawn.
     """
 
     COUNTS = (
         "step_number", "epoch", "batch", "words", "seconds", "rows", "critical", "first_step",
-        "first_epoch", "rewarded", "baselines", "samples",
+        "first_epoch",
     )  # fmt: skip
+    SUMS = ("rewarded", "baselines", "samples")  # each process has its own
 
     def __init__(self, model: CaptionModel, config: TrainConfig, steps_per_epoch: int):
         self.model, self.config, self.steps_per_epoch = model, config, steps_per_epoch
         self.device = next(model.parameters()).device
+        self.net = spread(model, config.compile)
         self.step_number = self.epoch = self.batch = 0
         self.nll = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.forget_sums()
+        self.forget()
         self.unseen: list[tuple[str, Tensor]] = []  # losses of late, and what to say of them
         self.rows: list[dict[str, Any]] = []
         self.rewards: Rewards | None = None  # the self-critical stage needs them
@@ -127,11 +182,13 @@ class Trainer:
         self.optimizer = self.new_optimizer()
         self.average = {name: tensor.clone() for name, tensor in self.model.learned()}
 
-    def forget_sums(self) -> None:
-        """Begin an epoch's sums anew."""
+    def forget(self) -> None:
+        """Begin an epoch's counts and sums anew."""
+        self.batch = self.words = 0
+        self.seconds = 0.0
         self.nll.zero_()
-        self.words = self.samples = 0
-        self.seconds = self.rewarded = self.baselines = 0.0
+        for name in self.SUMS:
+            setattr(self, name, 0)
 
     @property
     def stage_epochs(self) -> int:
@@ -143,7 +200,8 @@ class Trainer:
         return self.epoch - self.first_epoch >= self.stage_epochs or self.patience_is_over()
 
     def new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.groups(), betas=(0.9, 0.98), eps=1e-8)
+        fused = self.device.type == "cuda" or None
+        return torch.optim.AdamW(self.groups(), betas=(0.9, 0.98), eps=1e-8, fused=fused)
 
     def groups(self) -> list[dict[str, Any]]:
         """Return AdamW's parameter groups: matrices decay, vectors don't; the CNN has its lr."""
@@ -171,29 +229,60 @@ class Trainer:
         along = (step - warmup) / max(1, total - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, along)))
 
-    def step(self, batch: Batch) -> None:
-        """Learn from one batch."""
-        torch.manual_seed(mix(self.config.seed, self.step_number))
+    def step(self, *parts: Batch) -> None:
+        """Learn from one batch, given whole or in parts whose gradients are summed."""
+        rank = distributed.rank()
+        torch.manual_seed(mix(self.config.seed, self.step_number, *[rank] * (rank > 0)))
+        lessons = [self.drawn(part) if self.critical else self.taught(part) for part in parts]
+        words, captions = distributed.total(
+            [sum(each.words for each in lessons), sum(each.captions for each in lessons)]
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * self.rate()
-        objective, loss = self.self_critical(batch) if self.critical else self.taught(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        objective.backward()
+        # DistributedDataParallel takes the mean over processes, of what is to be their sum.
+        objectives = [
+            self.learn(lesson, words, captions, last=lesson is lessons[-1]) for lesson in lessons
+        ]
+        objective = torch.stack(objectives).sum()
         norm = torch.zeros_like(objective)
         if self.config.grad_clip:
             learning = [each for group in self.optimizer.param_groups for each in group["params"]]
             norm = nn.utils.clip_grad_norm_(learning, self.config.grad_clip)
-        self.watch(batch, torch.stack([objective.detach(), norm]))
+        image_ids = [image_id for part in parts for image_id in part.image_ids]
+        self.watch(image_ids, torch.stack([objective, norm]))
         self.optimizer.step()
         self.step_number += 1
         self.batch += 1
         self.update_average()
-        self.nll += loss.nll
-        self.words += loss.words
+        self.words += int(words)
 
-    def watch(self, batch: Batch, values: Tensor) -> None:
+    def learn(self, lesson: Lesson, words: float, captions: float, last: bool) -> Tensor:
+        """Add a lesson's gradients to the weights'; return its share of the objective.
+
+        Of `words` and `captions` in the whole batch. Processes add theirs up at the `last` lesson.
+        """
+        alone = distributed.world() == 1
+        with contextlib.nullcontext() if last or alone else self.net.no_sync():
+            inputs = moved(lesson.inputs, self.device)
+            with self.mixed():
+                logits, attention = self.net(inputs, lesson.tokens, lesson.owner)
+            if lesson.advantage is None:
+                loss = cross_entropy(logits, lesson.tokens, self.config.label_smoothing)
+            else:
+                logits = bounded(logits, self.model.config.seq_len)
+                loss = self_critical(logits, lesson.tokens, lesson.advantage)
+            objective = loss.objective / words * lesson.counts
+            if attention is not None and lesson.advantage is None:
+                share = lesson.captions / captions
+                objective = objective + self.config.attention_penalty * share * unlooked(attention)
+            (objective * distributed.world()).backward()
+        self.nll += loss.nll * lesson.counts
+        return objective.detach()
+
+    def watch(self, image_ids: Sequence[Any], values: Tensor) -> None:
         """Note a step's loss and norm of the gradient, which `check` will look at."""
-        lr, images = self.optimizer.param_groups[-1]["lr"], ", ".join(map(str, batch.image_ids))
+        lr, images = self.optimizer.param_groups[-1]["lr"], ", ".join(map(str, image_ids))
         where = f"step {self.step_number + 1} (epoch {self.epoch + 1}, learning rate {lr:.3g})"
         self.unseen.append((f"{where}, with the images {images}", values))
         # Drawing captions from a broken model fails in words that tell nobody anything.
@@ -218,47 +307,40 @@ class Trainer:
         wanted = self.config.amp and multiplies_bfloat16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
-    def taught(self, batch: Batch) -> tuple[Tensor, Loss]:
-        """Return the objective and the loss of the captions people gave the images."""
+    def taught(self, batch: Batch) -> Lesson:
+        """Return the captions that people gave the images."""
         self.model.train()
-        tokens = batch.tokens.to(self.device)
-        with self.mixed():
-            taught = self.model(batch.inputs.to(self.device), tokens, batch.owner.to(self.device))
-        loss = cross_entropy(taught.logits, tokens, self.config.label_smoothing)
-        objective = loss.objective / loss.words
-        if taught.attention is not None:
-            objective = objective + self.config.attention_penalty * unlooked(taught.attention)
-        return objective, loss
+        return Lesson(batch.inputs, batch.tokens, batch.owner, counts=bool(batch.image_ids))
 
-    def self_critical(self, batch: Batch) -> tuple[Tensor, Loss]:
-        """Return the objective and the loss of captions drawn from the model itself.
+    def drawn(self, batch: Batch) -> Lesson:
+        """Return captions drawn from the model itself, with their advantage.
 
         They are drawn without gradients and read again by teacher forcing, both without dropout,
         so that one path has the gradients.
         """
-        inputs, count = batch.inputs.to(self.device), self.config.scst_samples
+        count = self.config.scst_samples
         without_dropout(self.model)
         with torch.no_grad(), self.mixed():
             drawn = sample(
                 self.model.decoder,
-                self.model.remember(inputs),
+                self.model.remember(moved(batch.inputs, self.device)),
                 max_words=self.model.config.seq_len,
                 n=count,
             ).tokens
-        rewards = self.rewards(batch.image_ids, drawn)
+        rewards = torch.zeros(0, count)
+        if batch.image_ids:
+            rewards = self.rewards(batch.image_ids, drawn)
         baseline = leave_one_out(rewards)
         start = torch.full_like(drawn[..., :1], START)
         tokens = torch.cat([start, drawn], -1).flatten(0, 1)
         owner = torch.arange(len(drawn), device=self.device).repeat_interleave(count)
-        with self.mixed():
-            logits = self.model(inputs, tokens, owner).logits
-        logits = bounded(logits, self.model.config.seq_len)
-        advantage = (rewards - baseline).flatten().to(self.device)
-        loss = self_critical(logits, tokens, advantage)
+        advantage = torch.zeros(len(tokens))
+        advantage[: rewards.numel()] = (rewards - baseline).flatten()
         self.rewarded += float(rewards.sum())
         self.baselines += float(baseline.sum())
         self.samples += rewards.numel()
-        return loss.objective / loss.words, loss
+        advantage = advantage.to(self.device)
+        return Lesson(batch.inputs, tokens, owner, advantage, bool(batch.image_ids))
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -288,16 +370,24 @@ class Trainer:
             self.model.load_state_dict(own, strict=False)
 
     def state(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, as tensors and plain values."""
+        """Return all that a resumed run needs, as tensors and plain values.
+
+        However many processes resume it: an epoch's sums are those of the whole job.
+        """
         self.check()
         return {
             "weights": dict(self.model.learned()),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "encoder": fingerprint(self.model.encoder) if self.frozen() else None,
-            "nll": float(self.nll),
             **{name: getattr(self, name) for name in self.COUNTS},
+            **self.sums(),
         }
+
+    def sums(self) -> dict[str, float]:
+        """Return the sums of the epoch so far over all processes."""
+        own = [float(self.nll), *(getattr(self, name) for name in self.SUMS)]
+        return dict(zip(("nll", *self.SUMS), distributed.total(own), strict=True))
 
     def frozen(self) -> bool:
         return self.model.encoder.trained == "none"
@@ -324,9 +414,12 @@ class Trainer:
         for group, own in zip(self.optimizer.param_groups, groups, strict=True):
             group |= {"peak": own["peak"], "weight_decay": own["weight_decay"]}
         self.average = {name: value.to(self.device) for name, value in state["average"].items()}
-        self.nll.fill_(state["nll"])
         for name in self.COUNTS:  # runs from before there was a second stage have fewer
             setattr(self, name, state.get(name, getattr(self, name)))
+        if distributed.is_main():
+            self.nll.fill_(state["nll"])
+            for name in self.SUMS:
+                setattr(self, name, state.get(name, 0))
 
     def best(self) -> float:
         """Return the best validation CIDEr so far."""
@@ -338,6 +431,25 @@ class Trainer:
         scores = [row["CIDEr"] for row in rows if row["CIDEr"] is not None]
         waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
         return bool(self.config.patience) and waited >= self.config.patience
+
+
+def spread(model: CaptionModel, compiled: bool) -> nn.Module:
+    """Return what a step calls in the model's place: it adds up the gradients of all processes."""
+    net: nn.Module = model
+    if distributed.world() > 1:
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return compiled_net(net, model) if compiled else net
+
+
+def compiled_net(net: nn.Module, model: CaptionModel) -> nn.Module:
+    """Return `net` compiled; ValueError where this machine can't compile for the model's device."""
+    one = torch.ones(2, device=next(model.parameters()).device)
+    try:
+        torch.compile(lambda x: x.sin() + x.cos())(one)
+    except Exception as error:  # of many kinds, from as many tools
+        reason = str(error).strip().split("\n")[0][:200]
+        raise ValueError(f"--compile does not work here ({reason}); leave it out") from error
+    return torch.compile(net, dynamic=True)
 
 
 def without_dropout(model: CaptionModel) -> None:

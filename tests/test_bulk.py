@@ -11,8 +11,10 @@ import pytest
 from PIL import Image
 from tiny import picture, run_script, tiny_model
 
+import files
 import inference
 from inference import Captioner, read_ahead
+from results import json_list
 
 
 @pytest.fixture
@@ -187,6 +189,41 @@ def test_threads_read_no_further_ahead_than_asked():
     found = read_ahead(slow, items(), 3, 8)
     assert [next(found), next(found)] == [0, 2] and len(asked) <= 10
     assert list(found) == [2 * number for number in range(2, 100)]
+
+
+def test_the_error_of_a_picture_holds_none_of_its_pixels(photos, captioner, script, tmp_path):
+    whole = (photos / "01.png").read_bytes()
+    (photos / "05.png").write_bytes(whole[: len(whole) // 2])
+    (error,) = captioner.caption_many([photos / "05.png"], forgiving=True)
+    assert "05.png" in str(error) and error.__traceback__ is None
+    assert error.__cause__ is None and error.__context__ is None
+
+
+def test_json_written_as_values_come_is_what_is_written_at_once(tmp_path):
+    values = [
+        {"image": "a\u2028b\udcff", "captions": [], "score": -0.5},
+        {"é": [1, {}]},
+        "x\ny",
+        [],
+    ]
+    with json_list(tmp_path / "parts.json") as add:
+        for value in values:
+            add(value)
+        assert not (tmp_path / "parts.json").exists()
+    files.write_json(tmp_path / "whole.json", values)
+    assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    with json_list(tmp_path / "none.json"):
+        pass
+    assert not (tmp_path / "none.json").exists()
+
+
+def test_json_that_a_fault_breaks_off_leaves_the_file_before(tmp_path):
+    (tmp_path / "a.json").write_text("mine")
+    with pytest.raises(KeyboardInterrupt), json_list(tmp_path / "a.json") as add:
+        add(1)
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_text() == "mine"
 
 
 def test_a_line_break_in_a_name_costs_only_that_picture(photos, script, tmp_path):

@@ -41,7 +41,8 @@ def records(tmp_path_factory) -> list[Record]:
 
 
 def batches(records, **how) -> list:
-    keys = ("batch_size", "shuffle", "seed", "epoch", "skip", "workers")
+    keys = ("batch_size", "shuffle", "seed", "epoch", "skip", "workers", "rank", "world",
+            "accumulate")  # fmt: skip
     order = {key: how.pop(key) for key in keys if key in how}
     transform = image_transform(32, train=how.pop("crop", False))
     dataset = CaptionDataset(records, VOCABULARY, 5, transform, **how)
@@ -186,6 +187,27 @@ def test_without_a_vocabulary_there_are_pixels_and_no_tokens(records):
     batch = next(iter(get_loader(dataset, 3)))
     assert batch.tokens.shape == (0, 0) and batch.owner.shape == (0,)
     assert batch.inputs.shape == (3, 3, 32, 32) and len(batch.references) == 3
+
+
+@pytest.mark.parametrize(("world", "accumulate"), [(1, 3), (2, 1), (2, 2), (3, 2), (5, 1)])
+def test_processes_and_parts_share_each_batch(records, world, accumulate):
+    how = {"shuffle": True, "seed": 5, "epoch": 2, "skip": 1, "batch_size": 4}
+    whole = [batch.image_ids for batch in batches(records, **how)]
+    assert len(whole[-1]) == 3  # fewer images than parts
+    shares = [
+        batches(records, **how, rank=rank, world=world, accumulate=accumulate)
+        for rank in range(world)
+    ]
+    assert {len(share) for share in shares} == {accumulate * len(whole)}
+    for number, wanted in enumerate(whole):
+        parts = [
+            part
+            for share in shares
+            for part in share[number * accumulate : (number + 1) * accumulate]
+        ]
+        assert sorted(name for part in parts for name in part.image_ids) == sorted(wanted)
+        for part in parts:  # a borrowed image has no name, but pixels and captions
+            assert len(part.inputs) == max(1, len(part.image_ids)) and len(part.tokens)
 
 
 @pytest.mark.parametrize("shuffle", [False, True])

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports only from tiers above its own, or from rows above it in its own tier.
 TIERS = (
-    ("files", "decoding", "tokenizer", "images", "metrics", "plots", "shapes"),
+    ("files", "distributed", "decoding", "tokenizer", "images", "metrics", "plots",
+     "shapes"),
     ("archives", "download_data", "encoder", "layers", "decoder", "compact", "tables", "records",
      "shards", "layouts", "shard_writer", "dataset", "streaming", "photos", "results", "report"),
     ("model", "onnx_model", "features"),

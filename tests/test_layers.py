@@ -59,7 +59,7 @@ def test_the_gradient_goes_where_the_input_was_kept():
 
 def test_packed_words_come_back_where_they_were():
     real = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
-    layout = Layout(real, torch.tensor([1, 0, 1]), images=3)
+    layout = Layout(real, torch.tensor([1, 0, 1]), 3, torch.device("cpu"))
     words = torch.arange(1.0, 7.0)[:, None]
     for grid in (layout.by_caption, layout.by_image):
         spread = layout.spread(words, grid)

@@ -123,7 +123,7 @@ def test_after_the_captions_the_model_learns_what_is_rewarded(decoder):
     trainer.begin(critical=True)
     means = []
     for _ in range(4):
-        trainer.forget_sums()
+        trainer.forget()
         for _ in range(25):
             trainer.step(batch)
         means.append(trainer.rewarded / trainer.samples)

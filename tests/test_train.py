@@ -355,3 +355,22 @@ def test_mixed_precision_learns_the_same_as_full(mixed, monkeypatch):
         trainer.step(BATCH)
     assert float(trainer.nll) - first < 0.7 * first
     assert all(weights.dtype == torch.float32 for weights in trainer.model.parameters())
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_the_losses_of_another(drawn, tmp_path):
+    same = [*SMALL, "--no-amp", "--dropout", "0", "--data-dir", str(drawn), "--epochs", "1"]
+    folders = tmp_path / "plain", tmp_path / "compiled"
+    train.main([*same, "--output", str(folders[0])])
+    train.main([*same, "--compile", "--output", str(folders[1])])
+    (plain,), (compiled,) = map(losses, folders)
+    assert float(compiled[0]) == pytest.approx(float(plain[0]), abs=1e-3)
+
+
+def test_a_machine_that_cannot_compile_says_so(monkeypatch):
+    def broken(function, **how):
+        raise RuntimeError("no working C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ValueError, match=r"--compile .* \(no working C\+\+ compiler\); leave"):
+        tiny_trainer(compile=True)

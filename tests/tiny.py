@@ -1,8 +1,10 @@
 """A tiny model, pictures and datasets for it, and scripts run as their command line runs them."""
 
 import csv
+import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -87,6 +89,25 @@ def run_code(code: str, *arguments: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=120,
     )
+
+
+def torchrun(
+    code: str, *arguments: str, processes: int = 2, flags=()
+) -> subprocess.CompletedProcess:
+    """Run Python `code` with `arguments` in processes that torchrun starts."""
+    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
+        file.write(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{textwrap.dedent(code)}")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *flags]
+    try:
+        return subprocess.run(
+            [*command, "--nproc-per-node", str(processes), "--", file.name, *map(str, arguments)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+    finally:
+        os.unlink(file.name)
 
 
 def assert_same_run(first: Path, second: Path) -> None:

@@ -1,0 +1,88 @@
+"""Two processes that torchrun starts, and one alone."""
+
+import json
+import time
+
+import pytest
+from tiny import torchrun
+
+import distributed
+
+JOB = """
+import json, os, signal, sys, time
+import distributed, files
+
+def main():
+    how, folder = sys.argv[1:]
+    with distributed.join():
+        print("begun")
+        if how == "both":
+            raise ValueError("the data are missing")
+        if how == "second" and distributed.rank() == 1:
+            raise ValueError("only mine are missing")
+        if how == "killed" and distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "script" and distributed.is_main():
+            raise SystemExit(files.fail("no such flag"))
+        told = {
+            "gathered": distributed.gather(distributed.rank() * 10),
+            "shared": distributed.shared(f"of {distributed.rank()}"),
+            "on_main": distributed.on_main(lambda: distributed.rank()),
+            "total": distributed.total([1.0, distributed.rank()]),
+            "share": list(distributed.share(range(5))),
+            "world": distributed.world(),
+        }
+        with open(f"{folder}/{distributed.rank()}.json", "w") as file:
+            json.dump(told, file)
+        print("the end")
+
+files.run(main)
+"""
+
+
+def errors(run) -> list[str]:
+    return [line for line in run.stderr.splitlines() if line.startswith("error:")]
+
+
+def test_two_processes_tell_each_other_and_only_the_first_speaks(tmp_path):
+    run = torchrun(JOB, "well", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split("\n") == ["begun", "the end", ""]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert (first.pop("gathered"), second.pop("gathered")) == ([0, 10], None)
+    assert (first.pop("share"), second.pop("share")) == ([0, 2, 4], [1, 3])
+    assert first == second == {"shared": "of 0", "on_main": 0, "total": [2.0, 1.0], "world": 2}
+
+
+@pytest.mark.parametrize(
+    ("how", "line"),
+    [
+        ("both", "error: the data are missing"),
+        ("second", "error: only mine are missing"),
+        ("killed", "error: process 0 of 2 has lost another one"),
+        ("script", "error: no such flag"),
+    ],
+)
+def test_what_ends_a_process_ends_the_job_with_one_line(how, line, tmp_path):
+    began = time.monotonic()
+    run = torchrun(JOB, how, tmp_path)
+    assert run.returncode != 0
+    assert [said.startswith(line) for said in errors(run)] == [True], run.stderr
+    assert time.monotonic() - began < 120  # and nobody waits for who is gone
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_alone_there_is_nothing_to_tell():
+    with distributed.join():
+        assert (distributed.rank(), distributed.world(), distributed.local_rank()) == (0, 1, 0)
+        assert distributed.gather("a") == ["a"]
+        assert distributed.shared("a") == distributed.on_main(lambda: "a") == "a"
+        assert distributed.total([1, 2]) == [1.0, 2.0]
+        assert distributed.share([1, 2]) == [1, 2]
+        distributed.barrier()
+
+
+def test_an_error_that_is_not_of_the_connection_stays_what_it_is():
+    assert distributed.as_lost(RuntimeError("shapes differ")) is None
+    assert distributed.as_lost(ValueError("gloo")) is None
+    assert isinstance(distributed.as_lost(RuntimeError("[gloo] closed")), ConnectionError)
