@@ -53,9 +53,10 @@ class DataConfig:
     """What is learned from."""
 
     dataset: Literal[tuple(DATASETS)] = "flickr8k"
-    """What to learn from; shapes is drawn by the project itself."""
-    data_dir: Path | None = None
-    """Folder of the dataset's own files (default: data/DATASET)."""
+    """What to learn from; shapes is drawn by the project itself, shards are tar files as
+    features.py --shards writes them."""
+    data_dir: str | None = None
+    """Folder of the dataset's own files (default: data/DATASET); of shards, or their address."""
     split_seed: int = 0
     """Seed of the split where the dataset has none of its own."""
     train_fraction: float = 1.0
@@ -237,11 +238,16 @@ class CaptionDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[str | None, Tensor, list[list[int]], list[str]]:
         if index < 0:
             return None, *self[~index][1:]
-        record = self.records[index]
+        return self.item(self.records[index])
+
+    def item(
+        self, record: Record, image: Any = None
+    ) -> tuple[str, Tensor, list[list[int]], list[str]]:
+        """Return what the record gives; `image`, if given, is read in place of its file."""
         tokens = []
         if self.vocabulary is not None:
             tokens = [self.vocabulary.encode(line, self.seq_len) for line in self._said(record)]
-        return record.image_id, self._input(record), tokens, list(record.captions)
+        return record.image_id, self._input(record, image), tokens, list(record.captions)
 
     def _said(self, record: Record) -> Sequence[str]:
         if len(record.captions) <= MOST_CAPTIONS:
@@ -249,7 +255,7 @@ class CaptionDataset(Dataset):
         order = [(mix(self.seed, self.epoch, line), line) for line in record.captions]
         return [line for _, line in sorted(order)[:MOST_CAPTIONS]]
 
-    def _input(self, record: Record) -> Tensor:
+    def _input(self, record: Record, image: Any) -> Tensor:
         sided = any(SIDES.search(line) for line in record.captions)
         # Augmentation depends on nothing but (seed, epoch, image): not on workers, not on resume.
         chance = (self.seed, self.epoch, record.image_id)
@@ -257,7 +263,7 @@ class CaptionDataset(Dataset):
             allowed = range(0, self.views, 2 if sided else 1)
             return self.features.get(record.image_id, allowed[mix(*chance) % len(allowed)])
         with seeded(*chance):
-            pixels = self.transform(read_image(record.path))
+            pixels = self.transform(read_image(record.path if image is None else image))
             mirrored = self.flip and torch.rand(()) < 0.5
         return pixels.flip(-1) if mirrored and not sided else pixels
 
@@ -318,13 +324,12 @@ def get_loader(
     """
     order = Order(len(dataset), batch_size, seed if shuffle else None, epoch)
     batches = Shares(order, skip, accumulate, rank, world)
-    return DataLoader(
+    return Loader(
         replace(dataset, epoch=epoch),  # its own: a loader of another epoch may still be in use
         batch_sampler=batches,
         collate_fn=collate_fn,
         num_workers=min(workers, len(batches)),
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=deaf,
     )
 
 
@@ -367,10 +372,40 @@ class Shares:
                 yield own[part :: self.parts] or [~batch[0]]  # see CaptionDataset
 
 
-def deaf(worker: int) -> None:
-    """Let a loader's worker ignore Ctrl-C and SIGTERM, which reach a whole process group.
+class Loader(DataLoader):
+    """A DataLoader whose workers never heed Ctrl-C and SIGTERM, which reach a whole process group.
 
     The main process decides what they mean; were its workers gone, it could not finish its step.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, worker_init_fn=deaf, **settings)
+
+    def __iter__(self) -> Iterator[Any]:
+        with held():  # workers are born here
+            return super().__iter__()
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Hold signals back till the end of the block, and for good in processes that it starts.
+
+    What a worker ignores of itself comes too late: until then a signal kills it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def deaf(worker: int) -> None:
+    """Let a loader's worker ignore signals, where its birth could not hold them back."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -26,7 +26,7 @@ from inference import Captioner, named
 from layouts import DATASETS, load_split
 from model import CaptionModel, ModelEnsemble
 from onnx_model import OnnxModel
-from records import SPLITS, Record, leave_out
+from records import SPLITS, Record, Records, leave_out
 from report import write_report
 
 log = logging.getLogger(__name__)
@@ -176,8 +176,8 @@ class Config:
     """Score the captions of this file (COCO results format) and use no model."""
     dataset: Literal[tuple(DATASETS)] = "flickr8k"
     """The dataset that the split is of."""
-    data_dir: Path | None = None
-    """Folder of the dataset's own files (default: data/DATASET)."""
+    data_dir: str | None = None
+    """Folder of the dataset's own files (default: data/DATASET); of shards, or their address."""
     split: Literal[SPLITS] = "test"
     """Which part of it."""
     split_seed: int = 0
@@ -237,7 +237,7 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
         )
         captions = caption_split(captioner.model, features, config.decoding, len(share))
         captions = gathered(captions, records)
-        records = [record for record in records if record.image_id in captions]
+        records = Records.of(records).keep(captions)
         how = {"decoding": asdict(config.decoding)}
     if not distributed.is_main():
         return {}, {}

@@ -6,14 +6,18 @@ one row in `DATASETS`.
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import files
 import shapes
+import shards
+from compact import Gathered
 from records import (
     SPLITS,
     Record,
+    Records,
     SplitMissingError,
     check_inside,
     find,
@@ -24,12 +28,12 @@ from records import (
     shuffled,
     split_by_image,
 )
-from tables import read_table, read_text
+from tables import read_lines, read_table
 
 log = logging.getLogger(__name__)
 
 
-def read_flickr8k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
+def read_flickr8k(root: Path, split: str, split_seed: int = 0) -> Records:
     """Return the records of a split of Flickr8k in whichever layout `root` holds.
 
     Official archives, Kaggle's `Images/` + `captions.txt`, `Images/` + `Flickr8k.token.txt`, or
@@ -66,10 +70,10 @@ def read_flickr8k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
     return make_records(names, captions, folders, root, split)
 
 
-def read_token_file(path: Path) -> dict[str, list[str]]:
+def read_token_file(path: Path) -> Gathered:
     """Return image name → captions from lines `name.jpg#0<TAB>caption`."""
-    captions: dict[str, list[str]] = {}
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    captions = Gathered()
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         key, tab, caption = line.partition("\t")
@@ -77,17 +81,17 @@ def read_token_file(path: Path) -> dict[str, list[str]]:
         if not tab or not hash_mark or not index.isdigit():
             raise ValueError(
                 f"{path} line {number} is not a caption: expected name.jpg#0, a tab and the "
-                f"caption, not {line[:60]!r}"
+                f"caption, not {line.rstrip()[:60]!r}"
             )
-        captions.setdefault(name, []).append(caption.strip())
+        captions.add(name, caption.strip())
     return captions
 
 
-def read_csv_file(path: Path) -> dict[str, list[str]]:
+def read_csv_file(path: Path) -> Gathered:
     """Return image name → captions from a table with the columns `image` and `caption`."""
-    captions: dict[str, list[str]] = {}
+    captions = Gathered()
     for _, row in read_table(path):
-        captions.setdefault(row["image"], []).append(row["caption"])
+        captions.add(row["image"], row["caption"])
     return captions
 
 
@@ -102,38 +106,44 @@ def text(value: object) -> str:
     return value
 
 
-def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> list[Record]:
+def number(value: object) -> int:
+    """Return the whole number; OverflowError where it takes more than 64 bits."""
+    whole = int(value)
+    if not -(2**63) <= whole < 2**63:
+        raise OverflowError(f"{str(whole)[:40]} is too large for an id")
+    return whole
+
+
+def read_karpathy(path: Path, folders: Sequence[Path], split: str) -> Records:
     """Return the records of a split from Karpathy's JSON; `restval` images join train."""
-    value = files.read_json(path)
-    try:
-        images = [
-            (
-                text(image["filename"]),
-                text(image["split"]),
-                [text(one["raw"]).strip() for one in image["sentences"]],
-            )
-            for image in value["images"]
-        ]
-    except MALFORMED as error:
-        raise ValueError(
-            f'{path} is not a captions file: expected {{"images": [{{"filename", "split", '
-            f'"sentences": [{{"raw"}}]}}]}} ({type(error).__name__}: {error})'
-        ) from error
     wanted = (split, "restval") if split == "train" else (split,)
-    captions: dict[str, list[str]] = {}
-    parts: dict[str, str] = {}
-    for name, part, lines in images:
+    captions, parts = Gathered(), {}
+    for name, part, lines in _karpathy_images(path):
         if parts.setdefault(name, part) != part:
             both = f"{parts[name][:20]} and {part[:20]}"
             raise ValueError(f"{path}: {name[:100]} is in the splits {both}")
         if part in wanted:
-            captions.setdefault(name, []).extend(lines)
+            captions.add(name, *lines)
     if not captions:
         raise missing_split(path, split, [part[:20] for part in sorted(set(parts.values()))[:9]])
     return make_records(list(captions), captions, folders, path.parent, split)
 
 
-def read_flickr30k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
+def _karpathy_images(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield name, split and captions of each image in Karpathy's JSON."""
+    value = files.read_json(path)
+    try:
+        for image in value["images"]:
+            name, part = text(image["filename"]), text(image["split"])
+            yield name, part, [text(one["raw"]).strip() for one in image["sentences"]]
+    except MALFORMED as error:
+        raise ValueError(
+            f'{path} is not a captions file: expected {{"images": [{{"filename", "split", '
+            f'"sentences": [{{"raw"}}]}}]}} ({type(error).__name__}: {error})'
+        ) from error
+
+
+def read_flickr30k(root: Path, split: str, split_seed: int = 0) -> Records:
     """Return the records of a split of Flickr30k: Karpathy's JSON and a folder of images."""
     folders = search_folders(root)
     karpathy = find(folders, "dataset_flickr30k.json")
@@ -148,7 +158,7 @@ def read_flickr30k(root: Path, split: str, split_seed: int = 0) -> list[Record]:
 COCO_TEST = 5000  # images of val that become test where no split file says otherwise
 
 
-def read_coco(root: Path, split: str, split_seed: int = 0) -> list[Record]:
+def read_coco(root: Path, split: str, split_seed: int = 0) -> Records:
     """Return the records of a split of COCO captions, 2014 or 2017; image ids are integers.
 
     With Karpathy's `dataset_coco.json` its splits; else the official annotations, train as given
@@ -176,14 +186,13 @@ def read_coco(root: Path, split: str, split_seed: int = 0) -> list[Record]:
     return _coco_records(names, captions, folders, root, split)
 
 
-def _coco_annotations(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
+def _coco_annotations(path: Path) -> tuple[dict[int, str], Gathered]:
     """Return image id → file name and image id → captions of an official annotation file."""
-    value = files.read_json(path)
+    value, captions = files.read_json(path), Gathered()
     try:
-        names = {int(image["id"]): text(image["file_name"]) for image in value["images"]}
-        captions: dict[int, list[str]] = {}
+        names = {number(image["id"]): text(image["file_name"]) for image in value["images"]}
         for one in value["annotations"]:
-            captions.setdefault(int(one["image_id"]), []).append(text(one["caption"]).strip())
+            captions.add(number(one["image_id"]), text(one["caption"]).strip())
     except MALFORMED as error:
         raise ValueError(
             f'{path} is not a COCO captions file: expected {{"images": [{{"id", "file_name"}}], '
@@ -201,17 +210,17 @@ def _coco_annotations(path: Path) -> tuple[dict[int, str], dict[int, list[str]]]
     return names, captions
 
 
-def _coco_karpathy(path: Path, split: str) -> tuple[dict[int, str], dict[int, list[str]]]:
+def _coco_karpathy(path: Path, split: str) -> tuple[dict[int, str], Gathered]:
     """Return what `_coco_annotations` does, from Karpathy's JSON; `restval` joins train."""
     value = files.read_json(path)
     wanted = (split, "restval") if split == "train" else (split,)
     try:
         images = [image for image in value["images"] if image["split"] in wanted]
-        names = {int(image["cocoid"]): text(image["filename"]) for image in images}
-        captions = {
-            int(image["cocoid"]): [text(one["raw"]).strip() for one in image["sentences"]]
-            for image in images
-        }
+        names = {number(image["cocoid"]): text(image["filename"]) for image in images}
+        captions = Gathered()
+        for image in images:
+            lines = (text(one["raw"]).strip() for one in image["sentences"])
+            captions.add(number(image["cocoid"]), *lines)
         if len(names) != len(images):
             raise ValueError("a cocoid comes twice")
     except MALFORMED as error:
@@ -225,11 +234,11 @@ def _coco_karpathy(path: Path, split: str) -> tuple[dict[int, str], dict[int, li
 
 def _coco_records(
     names: dict[int, str],
-    captions: dict[int, list[str]],
+    captions: Mapping[int, list[str]],
     folders: Sequence[Path],
     root: Path,
     split: str,
-) -> list[Record]:
+) -> Records:
     """Return records with integer ids; restval's images lie in another folder than train's."""
     by_name = {Path(name).name: image_id for image_id, name in names.items()}
     if len(by_name) != len(names):
@@ -242,22 +251,52 @@ def _coco_records(
             f"the images {one} and {other} of the {split} split in {root} have one file name, "
             f"{Path(names[one]).name}; rename one of the files"
         )
-    lines = {name: captions.get(image_id, []) for name, image_id in by_name.items()}
-    records = make_records(list(by_name), lines, folders, root, split)
-    return [record._replace(image_id=by_name[record.image_id]) for record in records]
+    said = _ByName(by_name, captions)
+    records = make_records(list(by_name), said, folders, root, split)
+    return records.with_ids(by_name[name] for name in records.image_ids)
 
 
-def read_shapes(root: Path, split: str, split_seed: int = 0) -> list[Record]:
+@dataclass
+class _ByName(Mapping):
+    """Captions by file name, where they are kept by image id."""
+
+    ids: dict[str, int]
+    captions: Mapping[int, list[str]]
+
+    def __getitem__(self, name: str) -> list[str]:
+        return self.captions[self.ids[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_shapes(root: Path, split: str, split_seed: int = 0) -> Records:
     """Return the records of a split of the drawn shapes, drawing them into `root` first."""
     shapes.draw(root)
     return read_karpathy(root / "captions.json", [root, root / "images"], split)
+
+
+CACHE = Path("data/cache")
+
+
+def read_shards(
+    root: Path | str, split: str, split_seed: int = 0, cache_dir: Path = CACHE
+) -> Records:
+    """Return the records of a split of tar shards, unpacked into `cache_dir` the first time.
+
+    `root` is the folder of the shards, or its address.
+    """
+    return shards.unpacked(str(root), split, cache_dir)
 
 
 TABLES = (".csv", ".tsv", ".jsonl")
 SPLIT_NAMES = {name: name for name in SPLITS} | dict.fromkeys(("dev", "valid", "validation"), "val")
 
 
-def read_csv(root: Path, split: str, split_seed: int = 0) -> list[Record]:
+def read_csv(root: Path, split: str, split_seed: int = 0) -> Records:
     """Return the records of a split of anybody's photographs, described by a table.
 
     `root` is the table (CSV, TSV or JSON lines), or the folder that holds it. Its columns are
@@ -285,9 +324,9 @@ def read_csv(root: Path, split: str, split_seed: int = 0) -> list[Record]:
     return make_records(names, captions, search_folders(path.parent), path.parent, split)
 
 
-def read_described(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
+def read_described(path: Path) -> tuple[Gathered, dict[str, str]]:
     """Return image → captions and image → split ("" where none is named) of a table."""
-    captions: dict[str, list[str]] = {}
+    captions = Gathered()
     splits: dict[str, str] = {}
     for number, row in read_table(path):
         where = f"{path} line {number}: "
@@ -300,7 +339,7 @@ def read_described(path: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
         part = SPLIT_NAMES.get(named, "")
         if splits.setdefault(image, part) != part:
             raise ValueError(f"{where}{image} is in another split further up")
-        captions.setdefault(image, []).append(row["caption"])
+        captions.add(image, row["caption"])
     return captions, splits
 
 
@@ -341,23 +380,42 @@ DATASETS: dict[str, Callable[..., Sequence[Record]]] = {
     "coco": read_coco,
     "csv": read_csv,
     "shapes": read_shapes,
+    "shards": read_shards,
 }
 
 
-def data_folder(dataset: str, data_dir: Path | None) -> Path:
-    """Return the folder of the dataset's own files: `data_dir`, or data/<dataset>."""
-    return data_dir.expanduser() if data_dir else Path("data") / dataset
+def data_folder(dataset: str, data_dir: str | Path | None) -> Path | str:
+    """Return where the dataset's own files are: `data_dir`, or data/<dataset>.
+
+    Shards may have an address, which stays text: a Path would spoil it.
+    """
+    if data_dir and shards.is_address(str(data_dir)):
+        if dataset != "shards":
+            raise ValueError(
+                f"--data-dir {data_dir} is an address, and {dataset} is read from a folder; only "
+                "--dataset shards is read from one"
+            )
+        return str(data_dir)
+    return Path(data_dir).expanduser() if data_dir else Path("data") / dataset
 
 
 def load_split(
-    dataset: str, data_dir: Path | None, split: str, split_seed: int = 0
+    dataset: str,
+    data_dir: str | Path | None,
+    split: str,
+    split_seed: int = 0,
+    cache_dir: Path = CACHE,
 ) -> Sequence[Record]:
     """Return the records of a split of a dataset; errors name what is not there.
 
-    Raises ValueError for a name that is not known, SplitMissingError for a split that is absent.
+    Shards are unpacked into `cache_dir`. Raises ValueError for a name that is not known,
+    SplitMissingError for a split that is absent.
     """
     if dataset not in DATASETS:
         raise ValueError(f"dataset {dataset!r} is not known; choose from {', '.join(DATASETS)}")
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not known; choose from {', '.join(SPLITS)}")
-    return DATASETS[dataset](data_folder(dataset, data_dir), split, split_seed)
+    root = data_folder(dataset, data_dir)
+    if dataset == "shards":
+        return read_shards(root, split, split_seed, cache_dir)
+    return DATASETS[dataset](root, split, split_seed)

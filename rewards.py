@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import metrics
+from compact import Places
 from dataset import Vocabulary
 from decoding import END
 from records import Record
@@ -27,34 +28,35 @@ class Rewards:
 
     def __init__(self, records: Sequence[Record], vocabulary: Vocabulary, bleu_weight: float = 0.0):
         self.vocabulary, self.bleu_weight = vocabulary, bleu_weight
-        self.place = {record.image_id: number for number, record in enumerate(records)}
-        self.references = [
-            [[*tokenize(caption), OVER] for caption in record.captions] for record in records
-        ]
-        self.cider = metrics.CiderD(self.references)
+        self.records = records
+        self.places = Places(record.image_id for record in records)
+        self.cider = metrics.CiderD([reference_words(record) for record in records])
 
     def __call__(self, image_ids: Sequence[str], tokens: Tensor) -> Tensor:
         """Return the rewards (B, n), float32, of `tokens` (B, n, T) as decoding returns them."""
         images, samples, _ = tokens.shape
         candidates = [self.spoken(caption) for caption in tokens.flatten(0, 1).tolist()]
-        places = [self.place[image_id] for image_id in image_ids for _ in range(samples)]
+        rows = [self.places.find(image_id) for image_id in image_ids]
+        places = [row for row in rows for _ in range(samples)]
         rewards = self.cider.scores(candidates, places)
         if self.bleu_weight:
-            rewards += (
-                self.bleu_weight
-                * torch.tensor(
-                    [
-                        metrics.bleu([self.references[place]], [candidate])[-1]
-                        for place, candidate in zip(places, candidates, strict=True)
-                    ]
-                ).numpy()
-            )
+            references = {row: reference_words(self.records[row]) for row in rows}
+            bleu = [
+                metrics.bleu([references[place]], [candidate])[-1]
+                for place, candidate in zip(places, candidates, strict=True)
+            ]
+            rewards += self.bleu_weight * torch.tensor(bleu).numpy()
         return torch.from_numpy(rewards).float().view(images, samples)
 
     def spoken(self, tokens: Sequence[int]) -> list[str]:
         """Return the scorer's words of a caption; its end is one where it has one."""
         words = tokenize(self.vocabulary.decode(tokens))
         return [*words, OVER] if END in tokens else words
+
+
+def reference_words(record: Record) -> list[list[str]]:
+    """Return the scorer's words of an image's captions, each with its end."""
+    return [[*tokenize(caption), OVER] for caption in record.captions]
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """A table of captions (CSV, TSV or JSON lines) → its rows; each fault is named by its line."""
 
 import csv
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +26,7 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     # Strict, because a quote that is not closed would swallow the captions after it.
     delimiter = DELIMITERS.get(path.suffix.lower(), ",")
-    table = csv.reader(io.StringIO(read_text(path)), delimiter=delimiter, strict=True)
+    table = csv.reader(read_lines(path), delimiter=delimiter, strict=True)
     try:
         first = next(table, [])
         header = [cell.strip().lower() for cell in first]
@@ -47,11 +46,11 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    for number, line in enumerate(read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.strip())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not JSON ({error})") from error
         if not isinstance(row, dict):
@@ -63,12 +62,26 @@ def _stripped(value: object) -> object:
     return value.strip() if isinstance(value, str) else value
 
 
+def read_lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text file, each with its \\n, without having all in memory.
+
+    Raises ValueError, where it comes to it, for what is not text.
+    """
+    # Lines are split at \n alone: splitlines() would also split at marks that captions may hold.
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise _not_text(path, error) from error
+
+
 def read_text(path: Path) -> str:
     """Return what a text file holds, line ends as \\n; ValueError where it is not text."""
-    # Lines are split at \n alone: splitlines() would also split at marks that captions may hold.
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not a text file in UTF-8 ({error.reason}); save it as UTF-8"
-        ) from error
+        raise _not_text(path, error) from error
+
+
+def _not_text(path: Path, error: UnicodeDecodeError) -> ValueError:
+    return ValueError(f"{path} is not a text file in UTF-8 ({error.reason}); save it as UTF-8")

@@ -20,20 +20,22 @@ from tqdm import tqdm
 import distributed
 import files
 import plots
+import shards
 from dataset import CaptionDataset, DataConfig, Vocabulary, get_loader
 from encoder import Encoder, backbone, build_encoder, image_transform
 from evaluate import caption_split, gathered, print_scores, score_captions, split_features
 from features import FeatureCache, cached_features
 from generation import DecodingConfig, pick_device
 from images import read_image
-from layouts import load_split
+from layouts import data_folder, load_split
 from losses import cross_entropy
 from metrics import faults
 from model import CaptionModel, checkpoint_file, read_checkpoint
-from records import Record, SplitMissingError, readable
+from records import Record, Records, SplitMissingError, readable
 from rewards import Rewards
 from runs import Interrupts, StoppedError, load_state, run_folder, save_state
 from settings import Config, configure, flat
+from streaming import stream_loader
 from trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ def load_data(config: DataConfig) -> dict[str, Sequence[Record]]:
     splits: dict[str, Sequence[Record]] = {}
     for split in ("train", "val", "test"):
         try:
-            records = load_split(config.dataset, config.data_dir, split, config.split_seed)
+            records = load_records(config, split)
         except SplitMissingError as error:
             if split == "train":
                 raise
@@ -62,6 +64,18 @@ def load_data(config: DataConfig) -> dict[str, Sequence[Record]]:
             records = records[: max(1, round(config.train_fraction * len(records)))]
         splits[split] = records[: config.limit]
     return splits
+
+
+def load_records(config: DataConfig, split: str) -> Sequence[Record]:
+    """Return a split's records; of shards to learn from only the captions, images are streamed."""
+    if split == "train" and config.dataset == "shards":
+        if config.views > 1:
+            raise ValueError(
+                f"--views {config.views} is for a feature cache, and shards are read without one"
+            )
+        return shards.listed(str(data_folder(config.dataset, config.data_dir)), split)
+    where = (config.dataset, config.data_dir, split, config.split_seed)
+    return load_split(*where, cache_dir=config.cache_dir)
 
 
 def build(config: Config, data: dict[str, Sequence[Record]]) -> tuple[CaptionModel, Data]:
@@ -78,9 +92,11 @@ def build(config: Config, data: dict[str, Sequence[Record]]) -> tuple[CaptionMod
     img_size = config.encoder.img_size or backbone(encoder.name).img_size
     caches = {}
     for split, records in data.items():
+        if split == "train" and config.data.dataset == "shards":
+            continue  # its images are read as they come, each epoch anew
         if encoder.trained == "none":
             caches[split] = split_cache(split, records, encoder, img_size, config, device)
-            data[split] = [record for record in records if record.image_id in caches[split]]
+            data[split] = Records.of(records).keep(caches[split])
         else:
             data[split] = readable(records)
     # The same start for the decoder, whatever the encoder's construction drew.
@@ -127,6 +143,8 @@ def split_cache(
         workers=config.data.workers,
         amp=config.train.amp and learned_from,
         views=config.data.views if learned_from else 1,
+        rank=distributed.rank(),
+        world=distributed.world(),
     )
 
 
@@ -203,7 +221,7 @@ def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interr
     """Go once over the training images, from where an interrupted epoch stopped."""
     records, model = data.records["train"], trainer.model
     cache = data.caches.get("train")
-    augment = config.data.augment and cache is None
+    augment = config.data.augment and model.encoder.trained != "none"
     dataset = CaptionDataset(
         records,
         model.vocabulary,
@@ -214,18 +232,20 @@ def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interr
         flip=augment,
         seed=config.train.seed,
     )
-    loader = get_loader(
-        dataset,
-        config.train.batch_size,
-        shuffle=True,
-        seed=config.train.seed,
-        epoch=trainer.epoch,
-        skip=trainer.batch,
-        workers=0 if cache is not None else config.data.workers,
-        accumulate=config.train.accumulate,
-        rank=distributed.rank(),
-        world=distributed.world(),
-    )
+    how = {
+        "seed": config.train.seed,
+        "epoch": trainer.epoch,
+        "skip": trainer.batch,
+        "workers": 0 if cache is not None else config.data.workers,
+        "accumulate": config.train.accumulate,
+        "rank": distributed.rank(),
+        "world": distributed.world(),
+    }
+    if config.data.dataset == "shards":
+        root = str(data_folder("shards", config.data.data_dir))
+        loader = stream_loader(dataset, root, config.train.batch_size, **how)
+    else:
+        loader = get_loader(dataset, config.train.batch_size, shuffle=True, **how)
     began = time.perf_counter()
     last = trainer.first_epoch + trainer.stage_epochs
     name = f"{'self-critical ' if trainer.critical else ''}epoch {trainer.epoch + 1}/{last}"

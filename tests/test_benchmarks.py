@@ -1,11 +1,14 @@
 """The usual way, against which speed is measured, gives our losses and captions."""
 
 import json
+from pathlib import Path
 
 import bench
 import growth
 import made_up
 import pytest
+import scale
+import streams
 import torch
 import usual_way
 
@@ -81,3 +84,23 @@ def test_an_unknown_row_is_named():
 def test_made_up_captions_are_as_long_as_real_ones():
     lengths = [len(line.split()) for lines in made_up.captions(400) for line in lines]
     assert sum(lengths) / len(lengths) == pytest.approx(10.8, abs=0.3)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("layout", ["csv", "coco", "none"])
+def test_the_scale_of_captions_is_measured_on_what_was_written(layout, tmp_path):
+    if layout != "none":
+        scale.write(tmp_path / "data", layout, 10)
+    found = scale.measure(tmp_path / "data", layout, 10)
+    said = [line for _, _, lines in scale.described(10) for line in lines]
+    assert len(said) == 50 and found["words"] == len({w for line in said for w in line.split()})
+    assert found["peak"] >= 0 and found["record_us"] > 0
+
+
+def test_streams_are_measured_beside_files(tmp_path, capsys):
+    streams.main(["--images", "12", "--shard-size", "5", "--img-size", "32", "--workers", "0",
+                  "--json", str(tmp_path / "streams.json")])  # fmt: skip
+    rows = json.loads((tmp_path / "streams.json").read_text())
+    assert [row["what"] for row in rows] == ["written", "streamed", "from files"]
+    assert all(row["images_s"] > 0 for row in rows)
+    assert "| streamed | 0 |" in capsys.readouterr().out

@@ -515,3 +515,71 @@ def test_without_such_a_device_features_are_float32(records, encoder, tmp_path, 
     monkeypatch.setattr("features.multiplies_bfloat16", lambda device: False)
     cache = cached_features(records, encoder, 64, tmp_path, "train", workers=0, amp=True)
     assert cache.description["precision"] == "float32"
+
+
+# --- several files
+
+
+def test_a_cache_of_several_files_is_the_cache_of_one(
+    whole, records, encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(features, "MOST_IMAGES", 3)  # whole batches of two: four images in a file
+    cache = build(records, encoder, tmp_path)
+    assert [len(array) for array in cache.arrays] == [4, 4, 3] and len(cache.rows) == 11
+    for record in records:
+        assert record.image_id in cache
+        assert torch.equal(cache.get(record.image_id), whole.get(record.image_id))
+    assert "other.png" not in cache and leftovers(tmp_path) == {".npy", ".json"}
+    again = pickle.loads(pickle.dumps(cache))
+    assert torch.equal(again.get("010.png"), whole.get("010.png"))
+    stop_after(monkeypatch, 0)
+    build(records, encoder, tmp_path)
+    with pytest.raises(ValueError, match="has image_ids '[0-9a-f]{49}… .*, but '[0-9a-f]{49}"):
+        FeatureCache(cache.path, describe(records[1:], encoder, 32))
+
+
+def test_each_process_builds_its_files_and_what_another_left_undone(
+    whole, records, encoder, tmp_path, monkeypatch
+):
+    read = stop_after(monkeypatch, 99)
+    caches = [build(records, encoder, tmp_path, rank=rank, world=3) for rank in (2, 0, 1)]
+    # Alone so far, the third process builds its own file first, then those of the others.
+    order = [*records[8:], *records[:4], *records[4:8]]
+    assert read == [record.path for record in order]
+    for cache in caches:
+        assert all(torch.equal(cache.get(r.image_id), whole.get(r.image_id)) for r in records)
+    assert len(build(records, encoder, tmp_path).arrays) == 3  # one process takes the same files
+    assert len(read) == 11
+
+
+def test_an_extraction_into_several_files_goes_on_where_it_stopped(
+    whole, records, encoder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(features, "SAVE_EVERY", 1)
+    monkeypatch.setattr(features, "MOST_IMAGES", 4)
+    stop_after(monkeypatch, 7)
+    with pytest.raises(Stop):
+        build(records, encoder, tmp_path)
+    read = stop_after(monkeypatch, 99)
+    cache = build(records, encoder, tmp_path)
+    assert read == [record.path for record in records[6:]]
+    assert all(torch.equal(cache.get(r.image_id), whole.get(r.image_id)) for r in records)
+
+
+def test_unreadable_pictures_are_counted_over_all_files(encoder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(features, "MOST_IMAGES", 50)
+    records = draw(tmp_path / "pictures", 200)
+    for place in (4, 9):  # two of fifty: too many for one file, not for all
+        records[place].path.write_bytes(b"<html>")
+    with caplog.at_level(logging.WARNING):
+        cache = build(records, encoder, tmp_path / "cache", batch_size=50)
+    assert caplog.messages == ["left out: 2 of 200 images can't be read: 004.png, 009.png"]
+    assert len(cache.rows) == 198 and "004.png" not in cache and "150.png" in cache
+
+
+def test_room_is_asked_for_all_files_at_the_first(records, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "MOST_IMAGES", 4)
+    usage = shutil.disk_usage(tmp_path)._replace(free=2 * 4 * 4 * 128 * 2)  # for two files
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"test-tiny-32-.*-00000\.part needs .*--cache-dir"):
+        build(records, encoder, tmp_path)

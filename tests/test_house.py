@@ -13,24 +13,26 @@ ROOT = Path(__file__).parent.parent
 TIERS = (
     ("files", "distributed", "decoding", "tokenizer", "images", "metrics", "plots",
      "shapes"),
-    ("archives", "download_data", "encoder", "layers", "decoder", "tables", "records", "layouts",
-     "dataset", "photos", "results", "report"),
+    ("archives", "download_data", "encoder", "layers", "decoder", "compact", "tables", "records",
+     "shards", "layouts", "shard_writer", "dataset", "streaming", "photos", "results", "report"),
     ("model", "onnx_model", "features"),
     ("losses", "rewards", "generation", "inference"),
     ("evaluate", "export", "hubconf"),
     ("trainer", "presets", "settings", "runs", "train", "app"),
 )  # fmt: skip
 ORDER = [module for tier in TIERS for module in tier]
-SCRIPTS = ("download_data", "train", "evaluate", "inference", "export", "app")
+SCRIPTS = ("download_data", "features", "train", "evaluate", "inference", "export", "app")
 STANDARD = set(sys.stdlib_module_names)
 LIBRARIES = {
     "torch", "torchvision", "PIL", "numpy", "tqdm", "requests", "tyro", "safetensors", "filelock",
     "matplotlib", "pycocoevalcap", "onnx", "onnxscript", "onnxruntime", "flask", "waitress",
+    "webdataset",
 }  # fmt: skip
 # Libraries that not everybody installs: which file asks for them, and who alone may use them.
 EXTRAS = {
     "requirements-app.txt": {"flask", "waitress"},
     "requirements-onnx.txt": {"onnx", "onnxscript", "onnxruntime"},
+    "requirements-shards.txt": {"webdataset"},
     "requirements-dev.txt": {"pycocoevalcap"},
 }
 
@@ -137,6 +139,7 @@ def test_the_requirements_are_the_libraries_used():
     assert asked_for("requirements.txt") == used - set().union(*EXTRAS.values())
     assert asked_for("requirements-app.txt") == EXTRAS["requirements-app.txt"]
     assert asked_for("requirements-onnx.txt") == EXTRAS["requirements-onnx.txt"]
+    assert asked_for("requirements-shards.txt") == EXTRAS["requirements-shards.txt"]
     assert asked_for("requirements-dev.txt") >= EXTRAS["requirements-dev.txt"]
 
 

@@ -36,6 +36,7 @@ NOT_RUN = {
     "pytest": "this is it",
     "python download_data.py": "needs the network: tests/test_download_data.py has a stand-in",
     "python app.py": "serves until it is stopped: tests/test_app.py",
+    "python train.py --dataset shards --data-dir https": "needs the network: tests/test_shards.py",
     "torchrun": "starts processes: tests/test_ranks.py, tests/test_bulk_ranks.py",
     "python benchmarks/": "takes minutes: tests/test_benchmarks.py",
     "python export.py runs/flickr8k captioner.onnx": "tests/test_onnx_model.py does",
@@ -254,7 +255,7 @@ def flags() -> set[str]:
 
     sys.path.insert(0, str(ROOT / "docs"))
     said = io.StringIO()
-    for name in (*SCRIPTS, "how_it_works", "bench", "limits", "growth"):
+    for name in (*SCRIPTS, "how_it_works", "bench", "limits", "growth", "ranks"):
         with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
             __import__(name).main(["--help"])
     return set(re.findall(r"--[a-z][a-z0-9-]*", said.getvalue()))

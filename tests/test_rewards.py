@@ -18,7 +18,7 @@ from decoding import END, NEVER, PAD, sample
 from encoder import Encoder
 from model import CaptionModel, read_checkpoint
 from records import Record
-from rewards import OVER, Rewards, leave_one_out
+from rewards import OVER, Rewards, leave_one_out, reference_words
 from trainer import TrainConfig, Trainer, without_dropout
 
 CAPTIONS = {
@@ -56,7 +56,10 @@ def test_rewards_are_the_reference_scorers_with_the_end_as_a_word():
             for place, record in enumerate(RECORDS):
                 spoken = rewards.spoken(SAMPLES[row, column].tolist())
                 said = " ".join(spoken) if record.image_id == name else ""
-                reference += (said, [" ".join(words) for words in rewards.references[place]])
+                reference += (
+                    said,
+                    [" ".join(words) for words in reference_words(rewards.records[place])],
+                )
             _, each = reference.compute_score()
             expected = each[[record.image_id for record in RECORDS].index(name)]
             assert float(found[row, column]) == pytest.approx(expected, abs=1e-5)
@@ -78,7 +81,7 @@ def test_bleu_is_added_with_its_weight():
         for column in range(3):
             reference = scorer(n=4)
             said = " ".join(plain.spoken(SAMPLES[row, column].tolist()))
-            reference += (said, [" ".join(words) for words in plain.references[row]])
+            reference += (said, [" ".join(words) for words in reference_words(plain.records[row])])
             bleu = reference.compute_score(option="closest", verbose=0)[0][3]
             assert float(more[row, column]) == pytest.approx(0.5 * bleu, abs=1e-6)
 

@@ -1,0 +1,102 @@
+"""Images a second into tar shards, out of them, and out of files: `python benchmarks/streams.py`.
+
+Made-up photographs of 500 x 375 pixels, read, decoded and resized as for training, in turn from
+shards and from files of their own; the best of three rounds each, all from the system's memory.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from made_up import captions, photographs, vocabulary  # noqa: E402
+
+import files  # noqa: E402
+import shards  # noqa: E402
+from dataset import Batch, CaptionDataset, get_loader  # noqa: E402
+from encoder import image_transform  # noqa: E402
+from records import Record  # noqa: E402
+from shard_writer import write_shards  # noqa: E402
+from streaming import stream_loader  # noqa: E402
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Config:
+    """The flags of this benchmark."""
+
+    images: int = 1000
+    """How many photographs."""
+    shard_size: int = 100
+    """Images in a shard."""
+    img_size: int = 224
+    """Pixels a side that they are resized to."""
+    batch_size: int = 32
+    """Images in a batch."""
+    workers: tuple[int, ...] = (0, 2)
+    """Threads that decode beside the one that reads a stream; processes that read files."""
+    folder: Path | None = None
+    """Where to write the data (default: a temporary folder)."""
+    json: Path | None = None
+    """Also write the figures to this JSON file."""
+
+
+def seconds(made: Callable[[], Iterable[Batch]], images: int) -> float:
+    """Return the seconds in which all batches come."""
+    began = time.perf_counter()
+    if sum(len(batch.image_ids) for batch in made()) != images:
+        raise ValueError("images are missing")
+    return time.perf_counter() - began
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print a table."""
+    about = "Measure images a second into and out of tar shards."
+    config = files.parse(Config, argv, program="streams.py", description=about)
+    files.check_writable(config.json)
+    count, rows = config.images, []
+    with tempfile.TemporaryDirectory(dir=config.folder) as temporary:
+        folder = Path(temporary)
+        said = captions(count)
+        plain = [
+            Record(path.name, path, tuple(lines))
+            for path, lines in zip(photographs(folder / "photos", count), said, strict=True)
+        ]
+        began = time.perf_counter()
+        write_shards({"train": plain}, folder / "shards", "csv", shard_size=config.shard_size)
+        rows.append({"what": "written", "images_s": count / (time.perf_counter() - began)})
+        words, transform = vocabulary(), image_transform(config.img_size, train=False)
+        streamed = CaptionDataset(
+            shards.listed(str(folder / "shards"), "train"), words, 30, transform
+        )
+        filed = CaptionDataset(plain, words, 30, transform)
+        for workers in config.workers:
+            how = {"batch_size": config.batch_size, "workers": workers}
+            ways = {
+                "streamed": partial(stream_loader, streamed, str(folder / "shards"), **how),
+                "from files": partial(get_loader, filed, shuffle=True, **how),
+            }
+            best = dict.fromkeys(ways, float("inf"))
+            for _ in range(ROUNDS):
+                for name, way in ways.items():
+                    best[name] = min(best[name], seconds(way, count))
+            rows += [
+                {"what": name, "workers": workers, "images_s": count / taken}
+                for name, taken in best.items()
+            ]
+    print("| | workers | images/s |\n|---|---|---|")
+    for row in rows:
+        print(f"| {row['what']} | {row.get('workers', '')} | {row['images_s']:.0f} |")
+    if config.json:
+        files.write_json(config.json, rows)
+
+
+if __name__ == "__main__":
+    files.run(main)
