@@ -520,17 +520,23 @@ def test_a_kill_between_the_second_stages_first_files_begins_it_with_the_same_mo
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_file(what, run, capsys, monkeypatch):
-    taught, names = trainer.Trainer.taught, []
+    learn, watch, names = trainer.Trainer.learn, trainer.Trainer.watch, []
 
-    def broken(self, batch):
-        objective, loss = taught(self, batch)
+    def broken(self, *given, **named):
+        objective = learn(self, *given, **named)
         if self.step_number == 14:  # the third of the third epoch's six
-            names.extend(batch.image_ids)
-            zero = next(self.model.decoder.parameters()).sum() * 0
-            objective = objective * float("nan") if what == "loss" else objective + zero.sqrt()
-        return objective, loss
+            if what == "loss":
+                return objective * float("nan")
+            next(self.model.decoder.parameters()).grad.fill_(float("nan"))
+        return objective
 
-    monkeypatch.setattr(trainer.Trainer, "taught", broken)
+    def noted(self, image_ids, values):
+        if self.step_number == 14:
+            names.extend(image_ids)
+        watch(self, image_ids, values)
+
+    monkeypatch.setattr(trainer.Trainer, "watch", noted)
+    monkeypatch.setattr(trainer.Trainer, "learn", broken)
     before = contents(run)
     said = error_of("--resume", "--output", run, "--epochs", "3", capsys=capsys)
     assert f"error: the {what} became " in said
