@@ -324,13 +324,12 @@ def get_loader(
     """
     order = Order(len(dataset), batch_size, seed if shuffle else None, epoch)
     batches = Shares(order, skip, accumulate, rank, world)
-    return DataLoader(
+    return Loader(
         replace(dataset, epoch=epoch),  # its own: a loader of another epoch may still be in use
         batch_sampler=batches,
         collate_fn=collate_fn,
         num_workers=min(workers, len(batches)),
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=deaf,
     )
 
 
@@ -373,10 +372,40 @@ class Shares:
                 yield own[part :: self.parts] or [~batch[0]]  # see CaptionDataset
 
 
-def deaf(worker: int) -> None:
-    """Let a loader's worker ignore Ctrl-C and SIGTERM, which reach a whole process group.
+class Loader(DataLoader):
+    """A DataLoader whose workers never heed Ctrl-C and SIGTERM, which reach a whole process group.
 
     The main process decides what they mean; were its workers gone, it could not finish its step.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+
+    def __init__(self, *arguments: Any, **settings: Any):
+        super().__init__(*arguments, worker_init_fn=deaf, **settings)
+
+    def __iter__(self) -> Iterator[Any]:
+        with held():  # workers are born here
+            return super().__iter__()
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Hold signals back till the end of the block, and for good in processes that it starts.
+
+    What a worker ignores of itself comes too late: until then a signal kills it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def deaf(worker: int) -> None:
+    """Let a loader's worker ignore signals, where its birth could not hold them back."""
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -31,15 +31,12 @@ from layers import (
 # Far above what anybody trains: a file that asks for more is damaged, or means harm.
 LARGEST = {"d_model": 16384, "n_decode": 128, "n_head": 1024, "fc_dim": 65536, "seq_len": 1000}
 
-# The table of decoders, name → constructor, is at the end of this file.
-DecoderName = Literal["transformer", "lstm", "attention-lstm"]
-
 
 @dataclass(frozen=True)
 class DecoderConfig:
     """Sizes of the language side."""
 
-    decoder: DecoderName = "transformer"
+    decoder: "Literal[tuple(DECODERS)]" = "transformer"  # as text: the table is at the file's end
     """What writes the caption."""
     d_model: int = 256
     """Model width D."""

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import files
 from compact import Places
-from dataset import deaf, seeded
+from dataset import Loader, seeded
 from encoder import (
     TRANSFORM,
     Encoder,
@@ -362,12 +362,11 @@ def encode_images(
     An image that can't be read has a row of zeros, so rows stay with their records. With `amp`
     the CNN works in bfloat16.
     """
-    loader = DataLoader(
+    loader = Loader(
         _Pixels(records, img_size, views),
         batch_size,
         num_workers=min(workers, len(records)),
         collate_fn=_stack,
-        worker_init_fn=deaf,
     )
     dtype = torch.bfloat16 if amp else torch.float32
     encoder = folded(encoder).to(device, dtype)

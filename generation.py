@@ -1,11 +1,13 @@
 """What a model says of what it remembers: the settings of decoding, and captions as text.
 
+A method of choosing words is one function and one row in `METHODS`.
+
 B images · T words · n captions an image
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,19 +15,21 @@ from torch import Tensor
 
 import distributed
 from dataset import mix
-from decoding import PAD, Decoded, beam_search, greedy, sample
+from decoding import PAD, Decoded, Steps, beam_search, greedy, sample
 from model import CaptionModel, ModelEnsemble
 from results import Caption
 
 MOST_BEAMS = 1000  # of one image, which bounds the memory it takes
 MOST_PENALTY = 100  # a caption's length to this power is still a number
 
+Memory = Tensor | tuple[Tensor, ...]  # of one model, or one of each of an ensemble's
+
 
 @dataclass(frozen=True)
 class DecodingConfig:
     """How the words are chosen."""
 
-    method: Literal["beam", "greedy", "sample"] = "beam"
+    method: "Literal[tuple(METHODS)]" = "beam"  # as text: the table is further down
     """Beam search, the most probable word each time, or words drawn by chance."""
     beam_size: int = 5
     """Beams K of beam search."""
@@ -45,10 +49,9 @@ class DecodingConfig:
     """Sampling: the same seed gives an image the same captions."""
 
     def __post_init__(self) -> None:
-        if self.method not in ("beam", "greedy", "sample"):
-            raise ValueError(
-                f"method {self.method!r} is not known; choose from beam, greedy, sample"
-            )
+        if self.method not in METHODS:
+            known = ", ".join(METHODS)
+            raise ValueError(f"method {self.method!r} is not known; choose from {known}")
         least = {"beam_size": 1, "no_repeat_ngram": 0, "max_words": 1, "top_k": 0}
         for name, low in least.items():
             value = getattr(self, name)
@@ -99,16 +102,16 @@ def own_gpu() -> torch.device:
 
 def decode(
     model: CaptionModel | ModelEnsemble,
-    memory: Tensor | tuple[Tensor, ...],
+    memory: Memory,
     config: DecodingConfig,
     n: int = 1,
     keys: Sequence[int] | None = None,
 ) -> Decoded:
     """Return `n` captions an image as tokens (B, n, T), decoded from what the model remembers.
 
-    Beam search widens to `n` beams. `keys` (one an image; default: the places in the batch) are
-    what sampling derives an image's chance from, beside the seed. Raises ValueError for more words
-    than the model has positions for, and for more than one greedy caption.
+    `keys` (one an image; default: the places in the batch) are what sampling derives an image's
+    chance from, beside the seed. Raises ValueError for more words than the model has positions
+    for, and for more than one greedy caption.
     """
     longest = model.config.seq_len
     max_words = longest if config.max_words is None else config.max_words
@@ -118,37 +121,69 @@ def decode(
         raise ValueError(f"n {n} must be at least 1: the number of captions an image")
     if n > MOST_BEAMS:
         raise ValueError(f"n {n} must be at most {MOST_BEAMS:,}")
-    limits = {"max_words": max_words, "no_repeat_ngram": config.no_repeat_ngram}
-    if config.method == "beam":
-        width = max(config.beam_size, n)
-        penalty = config.length_penalty
-        return beam_search(
-            model.decoder, memory, beam_size=width, n=n, length_penalty=penalty, **limits
-        )
-    if config.method == "greedy":
-        if n > 1:
-            raise ValueError("the greedy method has one caption an image; use beam or sample")
-        return greedy(model.decoder, memory, **limits)
+    config = replace(config, max_words=max_words)
+    if keys is None:
+        keys = range(len(memory if isinstance(memory, Tensor) else memory[0]))
+    return METHODS[config.method](model.decoder, memory, config, n, keys)
+
+
+# --- the methods: n captions an image, config.max_words being said
+
+
+def by_beams(
+    decoder: Steps, memory: Memory, config: DecodingConfig, n: int, keys: Sequence[int]
+) -> Decoded:
+    """Return the `n` best captions of beam search, which widens to `n` beams."""
+    width, penalty = max(config.beam_size, n), config.length_penalty
+    return beam_search(
+        decoder, memory, beam_size=width, n=n, length_penalty=penalty, **limits(config)
+    )
+
+
+def by_greed(
+    decoder: Steps, memory: Memory, config: DecodingConfig, n: int, keys: Sequence[int]
+) -> Decoded:
+    """Return the caption of the most probable word each time; ValueError for more than one."""
+    if n > 1:
+        raise ValueError("the greedy method has one caption an image; use beam or sample")
+    return greedy(decoder, memory, **limits(config))
+
+
+def by_chance(
+    decoder: Steps, memory: Memory, config: DecodingConfig, n: int, keys: Sequence[int]
+) -> Decoded:
+    """Return `n` captions drawn by chance, each image's from its own of `keys` and the seed."""
     chances = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
-    first = memory if isinstance(memory, Tensor) else memory[0]
-    images, device = len(first), first.device
+    device = (memory if isinstance(memory, Tensor) else memory[0]).device
     # One image at a time, each with a generator of its own: its words are then the same whatever
     # else is in the batch.
     drawn = [
         sample(
-            model.decoder,
+            decoder,
             one_image(memory, row),
             n=n,
             generator=torch.Generator(device).manual_seed(mix(config.seed, key)),
             **chances,
-            **limits,
+            **limits(config),
         )
-        for row, key in enumerate(range(images) if keys is None else keys)
+        for row, key in enumerate(keys)
     ]
     return together(drawn)
 
 
-def one_image(memory: Tensor | tuple[Tensor, ...], row: int) -> Tensor | tuple[Tensor, ...]:
+METHODS: dict[str, Callable[..., Decoded]] = {
+    "beam": by_beams,
+    "greedy": by_greed,
+    "sample": by_chance,
+}
+
+
+def limits(config: DecodingConfig) -> dict[str, int | None]:
+    """Return what all methods heed."""
+    return {"max_words": config.max_words, "no_repeat_ngram": config.no_repeat_ngram}
+
+
+def one_image(memory: Memory, row: int) -> Memory:
     """Return the memory of one image of the batch, itself a batch of one."""
     if isinstance(memory, Tensor):
         return memory[row : row + 1]

@@ -294,11 +294,8 @@ class Config:
 
 def main(argv: list[str] | None = None) -> None:
     """Caption pictures: a line each, or a file of them."""
-    import tyro
-
-    flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
-    config = files.parse(flags, argv, program="inference.py", description="Caption pictures.")
     with distributed.join(LONGEST_WAIT):
+        config = distributed.on_main(lambda: configure(argv))
         work = distributed.on_main(lambda: plan(config))
         captioner = Captioner.load(
             named(config.checkpoint, config.ensemble), config.device, **asdict(config.decoding)
@@ -310,6 +307,14 @@ def main(argv: list[str] | None = None) -> None:
             raise error
         if failed and distributed.is_main():
             raise ValueError(f"{failed} of {len(work.photos)} pictures could not be captioned")
+
+
+def configure(argv: list[str] | None) -> Config:
+    """Return the flags given."""
+    import tyro
+
+    flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
+    return files.parse(flags, argv, program="inference.py", description="Caption pictures.")
 
 
 class Work(NamedTuple):

@@ -208,8 +208,8 @@ def search_folders(root: Path) -> list[Path]:
     """Return `root` and the folders in it, hidden ones and Mac leftovers aside, for two levels."""
     if not root.is_dir():
         raise FileNotFoundError(
-            f"no dataset at {root}: there is no such folder; run python download_data.py or give "
-            "--data-dir, the folder that holds the dataset's files"
+            f"no dataset at {root}: there is no such folder; run python download_data.py flickr8k "
+            "(or coco, flickr30k), or give --data-dir, the folder that holds the dataset's files"
         )
     inside = _subfolders(root)
     return [root, *inside, *(deeper for folder in inside for deeper in _subfolders(folder))]

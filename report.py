@@ -23,7 +23,8 @@ STYLE = """
 body { font: 16px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2.5rem auto;
 padding: 0 1.5rem }
 h1 { font-size: 1.5rem; margin: 0 0 1rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 1rem }
-table { border-collapse: collapse } td, th { padding: .3rem 1.6rem .3rem 0; text-align: left }
+table { border-collapse: collapse } td, th { padding: .3rem 1.6rem .3rem 0; text-align: left;
+white-space: nowrap }
 td { font-variant-numeric: tabular-nums; font-size: 1.15rem } th { font-weight: 400; opacity: .7 }
 main { display: grid; gap: 2rem 1.5rem;
 grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)) }

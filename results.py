@@ -102,8 +102,11 @@ class Page:
             "minmax(16rem,1fr))}"
             "figure{margin:0}img{width:100%;aspect-ratio:4/3;object-fit:contain;border-radius:6px;"
             "background:color-mix(in srgb,currentColor 7%,transparent)}"
-            "figcaption{margin-top:.5rem}small{display:block;opacity:.7;overflow-wrap:anywhere}"
-            "</style><body>"
+            "figcaption{margin-top:.5rem;font-weight:600}small{display:block;font-weight:400;"
+            "overflow-wrap:anywhere}small:last-child{font-size:.75rem;opacity:.65;margin-top:.2rem}"
+            "p{margin:0;box-sizing:border-box;padding:1rem;aspect-ratio:4/3;display:grid;"
+            "place-content:center;text-align:center;border-radius:6px;overflow-wrap:anywhere;"
+            "border:1px dashed}</style><body>"
         )
 
     def line(self, result: Result, n: int, folder: Path) -> str:
@@ -111,7 +114,7 @@ class Page:
         words = [html.escape(each.text) for each in result.captions]
         if result.error:
             error = html.escape(files.one_line(result.error))
-            return f'<figure data-image="{name}"><figcaption>{error}</figcaption></figure>'
+            return f'<figure data-image="{name}"><p>{error}</p></figure>'
         address = html.escape(quote(os.path.relpath(result.image, folder)))
         more = "".join(f"<small>{each}</small>" for each in words[1:])
         return (

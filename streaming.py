@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 import shards
-from dataset import Batch, CaptionDataset, collate_fn, deaf, mix
+from dataset import Batch, CaptionDataset, Loader, collate_fn, mix
 from decoding import END, START
 from images import read_image
 from records import MAX_LEFT_OUT, UNREADABLE, leave_out
@@ -258,11 +258,10 @@ def stream_loader(
         batches,
         workers,
     )
-    loader = DataLoader(
+    loader = Loader(
         stream,
         batch_size=None,
         num_workers=1 if workers and batches else 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=deaf,
     )
     return StreamLoader(loader, len(batches))

@@ -347,6 +347,13 @@ function tell() {
   }
 }
 
+function offer(method) {
+  const last = settings.querySelector(".choices").lastElementChild;
+  const [button, label] = last.parentElement.appendChild(last.cloneNode(true)).children;
+  button.value = method;
+  label.textContent = method;
+}
+
 async function setUp() {
   settings.elements.method.value = "beam";
   tell();
@@ -354,6 +361,7 @@ async function setUp() {
     const about = await (await fetch("health")).json();
     most = about.max_mb * 1e6;
     const known = about.settings;
+    known.method.choices.filter((name) => !(name in HINTS)).forEach(offer); // methods added since
     settings.elements.method.value = known.method.default;
     settings.elements.beam_size.value = known.beam_size.default;
     settings.elements.temperature.value = known.temperature.default;

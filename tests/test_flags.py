@@ -18,8 +18,8 @@ CONFIGS = (settings.Config, inference.Config, evaluate.Config, app.Config)
 SENSIBLE = {
     **dict.fromkeys(["seed", "split_seed"], (-1, 10**31)),
     **dict.fromkeys(["limit", "epochs", "scst_epochs", "patience", "min_count", "batch_size",
-                     "top_k", "no_repeat_ngram", "max_words", "weight_decay", "scst_bleu",
-                     "attention_penalty", "at_once", "grid"], (10**31,)),
+                     "accumulate", "top_k", "no_repeat_ngram", "max_words", "weight_decay",
+                     "scst_bleu", "attention_penalty", "at_once", "grid"], (10**31,)),
     "length_penalty": (-1,),
     "grad_clip": (10**31, math.inf),
 }  # fmt: skip

@@ -14,12 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import files
+import generation
 from dataset import Vocabulary
 from decoder import DecoderConfig
 from encoder import Encoder
 from model import CaptionModel
 
-METHODS = ("beam", "greedy", "sample")
+METHODS = tuple(generation.METHODS)
 WORDS = ["a", "red", "blue", "circle", "square", "café", "dog", "on"]
 
 

@@ -1,0 +1,158 @@
+"""How a training step shares out among processes: `python benchmarks/ranks.py --processes 1 2`.
+
+Each row is a job of its own that torchrun starts, one CPU thread or one GPU a process: the default
+model on cached features that are made up. `own work` is a step on the process's share of the batch
+with nobody to tell, `exchange` is what adding up all gradients alone takes.
+"""
+
+import contextlib
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from made_up import batch, vocabulary  # noqa: E402
+
+import distributed  # noqa: E402
+import files  # noqa: E402
+from decoder import DecoderConfig  # noqa: E402
+from encoder import Encoder  # noqa: E402
+from generation import pick_device  # noqa: E402
+from model import CaptionModel  # noqa: E402
+from trainer import TrainConfig, Trainer  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Config:
+    """The flags of this benchmark."""
+
+    processes: tuple[int, ...] = (1, 2)
+    """How many processes a job has, job by job."""
+    images: tuple[int, ...] = (32,)
+    """Images a step (--batch-size), of all processes together."""
+    steps: int = 10
+    """Steps that are timed; the median counts."""
+    device: str = "cpu"
+    """auto, cpu, cuda."""
+    json: Path | None = None
+    """Also write the figures to this JSON file."""
+
+    def __post_init__(self) -> None:
+        if min(self.images) < max(self.processes):
+            raise ValueError(f"--images {min(self.images)} are too few to be shared")
+
+
+def measure(images: int, steps: int, device: str) -> dict[str, Any] | None:
+    """Return a row on the main process: milliseconds of a step and of its parts, and peak MB."""
+    place = pick_device(device)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = CaptionModel(Encoder("resnet50"), DecoderConfig(), vocabulary(), 224).to(place)
+    share = len(distributed.share(range(images)))
+    one = batch(share, seed=distributed.rank())
+    trainer = Trainer(model, TrainConfig(), steps_per_epoch=10**6)
+    together = timed(lambda: trainer.step(one), steps, place)
+    weights = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    exchange = timed(lambda: add_up(weights.to(place)), steps, place)
+    distributed.barrier()
+    trainer.net = model  # from here on nobody is told of gradients
+    with alone():
+        own = timed(lambda: trainer.step(one), steps, place)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    peaks = distributed.gather(peak)
+    if peaks is None:
+        return None
+    rate = len(one.tokens) * distributed.world() / together
+    return {"processes": distributed.world(), "images": images, "step": 1000 * together,
+            "own": 1000 * own, "exchange": 1000 * exchange, "rate": rate,
+            "memory": max(peaks)}  # fmt: skip
+
+
+def timed(work: Callable[[], Any], steps: int, device: torch.device) -> float:
+    """Return the median seconds of `work`, after two times that don't count."""
+    seconds = []
+    for _ in range(steps + 2):
+        began = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[2:])
+
+
+def add_up(weights: torch.Tensor) -> None:
+    if distributed.world() > 1:
+        torch.distributed.all_reduce(weights)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """While this lasts, a step tells nobody of its words either."""
+    total = distributed.total
+    distributed.total = lambda values: [float(value) for value in values]
+    try:
+        yield
+    finally:
+        distributed.total = total
+
+
+def job(processes: int, images: int, config: Config) -> dict[str, Any]:
+    """Return the row of a job of so many processes."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    work = [__file__, "--worker", str(images), str(config.steps), config.device]
+    run = subprocess.run(
+        [*launch, "--nproc-per-node", str(processes), *work],
+        capture_output=True,
+        text=True,
+    )
+    if run.returncode:
+        raise ValueError(f"a job of {processes} processes failed: {run.stderr.strip()[-300:]}")
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure every job and print a table."""
+    config = files.parse(
+        Config, argv, program="ranks.py", description="Measure how a step shares out."
+    )
+    files.check_writable(config.json)
+    rows = []
+    print(
+        "| processes | images a step | step, ms | own work | exchange | captions/s | memory, MB |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for images in config.images:
+        for processes in config.processes:
+            row = job(processes, images, config)
+            rows.append(row)
+            print(
+                f"| {processes} | {images} | {row['step']:.0f} | {row['own']:.0f} | "
+                f"{row['exchange']:.1f} | {row['rate']:.0f} | {row['memory']:.0f} |",
+                flush=True,
+            )
+    if config.json:
+        files.write_json(config.json, rows)
+
+
+def worker(images: str, steps: str, device: str) -> None:
+    with distributed.join():
+        row = measure(int(images), int(steps), device)
+        if row:
+            print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        worker(*sys.argv[2:])
+    else:
+        files.run(main)
