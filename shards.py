@@ -35,6 +35,7 @@ INDEX = "index.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9]+)+")  # of a file here: never a path
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters or more: C: is a disk
 MOST_BYTES = 200 * 2**20  # of an image file; a larger one is left out
+CHUNK = 2**20  # bytes that are asked for at a time
 MOST_LINE = 20 * 2**20  # of a row of captions
 # What a list that is damaged, or none, raises where it is unpacked and read.
 DAMAGED = (ValueError, TypeError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)
@@ -170,7 +171,7 @@ def samples(root: str, shard: str, wanted: dict[str, T]) -> Iterator[tuple[T, by
     where = place_of(root, shard)
     with opened(root, shard) as stream:
         try:
-            with tarfile.open(fileobj=stream, mode="r|") as tar:
+            with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as tar:
                 for member in tar:
                     if member.isreg() and member.name in wanted and member.size <= MOST_BYTES:
                         content = tar.extractfile(member).read()

@@ -8,6 +8,7 @@ import torch
 from tiny import SMALL, losses, torchrun
 
 import evaluate
+import features
 import train
 from encoder import build_trunk
 
@@ -82,6 +83,24 @@ def test_two_processes_train_as_one(alone, frozen, tmp_path):
     assert run.stdout.count("epoch 2,") == 1
     assert_nearly_same(folder, alone)
     assert (folder / "scores.json").exists()
+
+
+def test_two_processes_train_from_shards_as_one(drawn, frozen, tmp_path):
+    """Where a batch holds all images; of smaller ones the processes have others than one would."""
+    features.main(["--shards", str(tmp_path / "shards"), "--dataset", "shapes",
+                   "--data-dir", str(drawn), "--shard-size", "24"])  # fmt: skip
+    flags = [*frozen, "--dataset", "shards", "--data-dir", str(tmp_path / "shards"),
+             "--cnn-backbone", "tiny", "--img-size", "64", "--min-count", "1"]  # fmt: skip
+    one = tmp_path / "one"
+    train.main([*flags, "--batch-size", "24", "--output", str(one)])
+    both = torchrun(TRAIN, *flags, "--batch-size", "24", "--output", tmp_path / "both")
+    assert both.returncode == 0, both.stderr
+    assert_nearly_same(tmp_path / "both", one)
+    # The second process has no image in an epoch's last batch, and the only shard is not enough
+    # for two: neither waits for the other in vain.
+    uneven = torchrun(TRAIN, *flags, "--batch-size", "23", "--output", tmp_path / "uneven")
+    assert uneven.returncode == 0, uneven.stderr
+    assert len(losses(tmp_path / "uneven")) == 3
 
 
 def test_two_processes_stop_together_and_one_goes_on(alone, frozen, tmp_path):
