@@ -9,6 +9,7 @@ import copy
 import hashlib
 import http.client
 import re
+import socket
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ TRANSFORM = "squash-bilinear-imagenet"  # names the evaluation transform in cach
 LEAST_SIZE = 32  # pixels a side: most CNNs halve the picture five times
 MOST_SIZE = 2048  # pixels a side: more would take gigabytes a picture, and no CNN here wants it
 
+PATIENCE = 20.0  # seconds that the server of torchvision's weights may be silent
 IN_CAPTIONER = "encoder.cnn."  # what CaptionModel's state dict calls the CNN
 
 RESNET_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -281,6 +283,8 @@ def fetch_weights(published: Any) -> tuple[str, dict[str, Tensor]]:
     place = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
     if place.is_file():
         return str(place), read_state_dict(place)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)  # torch's own download would wait for ever
     try:
         state = published.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -288,6 +292,8 @@ def fetch_weights(published: Any) -> tuple[str, dict[str, Tensor]]:
             f"the weights {place.name} could not be downloaded ({error}); get {published.url} and "
             f"put it at {place}, or give its path with --cnn-weights"
         ) from error
+    finally:
+        socket.setdefaulttimeout(before)
     return place.name, state
 
 

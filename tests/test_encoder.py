@@ -4,6 +4,7 @@ import collections
 import copy
 import math
 import re
+import socket
 import urllib.error
 
 import numpy as np
@@ -22,6 +23,7 @@ from encoder import (
     EncoderConfig,
     backbone,
     build_encoder,
+    fetch_weights,
     fingerprint,
     folded,
     image_transform,
@@ -327,6 +329,23 @@ def test_unknown_names_list_the_known():
             ValueError, match="'tiny' has no published weights; use --cnn-weights n"
         ):
             build_encoder("tiny", word)
+
+
+def test_a_server_that_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("encoder.PATIENCE", 0.2)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    before = socket.getdefaulttimeout()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+
+        class Published:
+            url = f"http://127.0.0.1:{silent.getsockname()[1]}/resnet18.pth"
+
+            def get_state_dict(self, **how):
+                return torch.hub.load_state_dict_from_url(self.url, str(tmp_path), progress=False)
+
+        with pytest.raises(FileNotFoundError, match="could not be downloaded .*timed out"):
+            fetch_weights(Published())
+    assert socket.getdefaulttimeout() == before
 
 
 def test_a_folder_of_the_name_of_weights_is_not_taken_for_them(tmp_path, monkeypatch, no_network):

@@ -343,6 +343,7 @@ def test_what_the_diffs_add_works(extended, drawn, tmp_path):
     assert all(name in ours for name in ("efficientnet_b0", "sidecars", "gru"))
 
 
+@pytest.mark.slow
 def test_a_decoder_that_is_added_is_tested_by_itself(extended):
     options = ("-q", "-p", "no:cacheprovider", "-k", "gru")
     said = in_copy(extended, "-m", "pytest", "tests/test_decoder.py", *options)
