@@ -7,13 +7,13 @@ import logging
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import distributed
@@ -24,6 +24,7 @@ from features import encode_images
 from generation import DecodingConfig, decode, spoken
 from inference import Captioner, named
 from layouts import DATASETS, load_split
+from losses import cross_entropy
 from model import CaptionModel, ModelEnsemble
 from onnx_model import OnnxModel
 from records import SPLITS, Record, Records, leave_out
@@ -125,6 +126,52 @@ def score_captions(
         for reason in reasons:
             log.warning("%s", reason)
     return scores
+
+
+def score_split(
+    model: CaptionModel,
+    records: Sequence[Record],
+    decoding: DecodingConfig,
+    cache: Any = None,
+    heed: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> tuple[dict[str, float], dict[Any, str]]:
+    """Return the scores of a split, its loss too, and its captions, on the main process.
+
+    Each process captions its share; the others return no captions, and the loss as their score.
+    What is gone through goes through `heed`, which may break off.
+    """
+    share = distributed.share(records)
+    features = list(heed(split_features(model, share, cache)))
+    captions = caption_split(model, heed(features), decoding, len(share))
+    captions = gathered(captions, records)
+    scores = {}
+    if distributed.is_main():
+        scores = score_captions(records, captions) | metrics.faults(captions.values())
+    return scores | {"loss": split_loss(model, records, features)}, captions
+
+
+@torch.inference_mode()
+def split_loss(
+    model: CaptionModel, records: Sequence[Record], features: list[tuple[list[str], list[Tensor]]]
+) -> float:
+    """Return the mean negative log-likelihood a word, in nats, of the split's captions.
+
+    `features` are those of this process's share of the images; the loss is that of all.
+    """
+    lines = {record.image_id: record.captions for record in records}
+    nll, words = 0.0, 0
+    device = next(model.parameters()).device
+    for image_ids, (batch,) in features:
+        captions = [[model.vocabulary.encode(line, model.config.seq_len) for line in lines[name]]
+                    for name in image_ids]  # fmt: skip
+        rows = [torch.tensor(tokens) for each in captions for tokens in each]
+        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+        counts = torch.tensor([len(each) for each in captions])
+        owner = torch.arange(len(captions)).repeat_interleave(counts).to(device)
+        loss = cross_entropy(model(batch.to(device), tokens, owner).logits, tokens)
+        nll, words = nll + float(loss.nll), words + loss.words
+    nll, words = distributed.total([nll, words])
+    return nll / words
 
 
 def read_captions(path: Path) -> dict[str, str]:

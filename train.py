@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 import distributed
@@ -23,13 +22,11 @@ import plots
 import shards
 from dataset import CaptionDataset, DataConfig, Vocabulary, get_loader
 from encoder import Encoder, backbone, build_encoder, image_transform
-from evaluate import caption_split, gathered, print_scores, score_captions, split_features
+from evaluate import print_scores, score_split
 from features import FeatureCache, cached_features
 from generation import DecodingConfig, pick_device
 from images import read_image
 from layouts import data_folder, load_split
-from losses import cross_entropy
-from metrics import faults
 from model import CaptionModel, checkpoint_file, read_checkpoint
 from records import Record, Records, SplitMissingError, readable
 from rewards import Rewards
@@ -281,7 +278,13 @@ def finish_epoch(
     best = trainer.best()
     with trainer.averaged() as model:
         if "val" in data.records:
-            scores, captions = score_split(model, data, "val", VALIDATION, interrupts)
+            scores, captions = score_split(
+                model,
+                data.records["val"],
+                VALIDATION,
+                data.caches.get("val"),
+                interrupts.heed_alone,
+            )
             row |= {"val_loss": scores.pop("loss")} | {name: scores.get(name) for name in SHOWN}
         row = distributed.shared(row)  # the scores are the main process's
         if distributed.is_main():
@@ -305,49 +308,6 @@ def finish_epoch(
 # better long after beams have got worse.
 VALIDATION = DecodingConfig(beam_size=3)
 SHOWN = ("CIDEr", "BLEU-4", "bad_endings", "repeats")  # of the scores, after each epoch
-
-
-def score_split(
-    model: CaptionModel, data: Data, split: str, decoding: DecodingConfig, interrupts: Interrupts
-) -> tuple[dict[str, float], dict[Any, str]]:
-    """Return the scores of a split, its loss too, and its captions, on the main process.
-
-    Each process captions its share; the others return no captions, and the loss as their score.
-    """
-    records = data.records[split]
-    share = distributed.share(records)
-    batches = split_features(model, share, data.caches.get(split))
-    features = list(interrupts.heed_alone(batches))
-    captions = caption_split(model, interrupts.heed_alone(features), decoding, len(share))
-    captions = gathered(captions, records)
-    scores = {}
-    if distributed.is_main():
-        scores = score_captions(records, captions) | faults(captions.values())
-    return scores | {"loss": split_loss(model, records, features)}, captions
-
-
-@torch.inference_mode()
-def split_loss(
-    model: CaptionModel, records: Sequence[Record], features: list[tuple[list[str], list[Tensor]]]
-) -> float:
-    """Return the mean negative log-likelihood a word, in nats, of the split's captions.
-
-    `features` are those of this process's share of the images; the loss is that of all.
-    """
-    lines = {record.image_id: record.captions for record in records}
-    nll, words = 0.0, 0
-    device = next(model.parameters()).device
-    for image_ids, (batch,) in features:
-        captions = [[model.vocabulary.encode(line, model.config.seq_len) for line in lines[name]]
-                    for name in image_ids]  # fmt: skip
-        rows = [torch.tensor(tokens) for each in captions for tokens in each]
-        tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        counts = torch.tensor([len(each) for each in captions])
-        owner = torch.arange(len(captions)).repeat_interleave(counts).to(device)
-        loss = cross_entropy(model(batch.to(device), tokens, owner).logits, tokens)
-        nll, words = nll + float(loss.nll), words + loss.words
-    nll, words = distributed.total([nll, words])
-    return nll / words
 
 
 def training_facts(config: Config) -> dict[str, Any]:
@@ -397,7 +357,9 @@ def finish(
         if split not in data.records:
             continue
         records = data.records[split]
-        scores, captions = score_split(model, data, split, DecodingConfig(), interrupts)
+        scores, captions = score_split(
+            model, records, DecodingConfig(), data.caches.get(split), interrupts.heed_alone
+        )
         report[split] = {**scores, "images": len(records), "decoding": asdict(DecodingConfig())}
         if distributed.is_main():
             write_samples(folder / "samples" / f"{split}.png", records, captions)

@@ -43,7 +43,7 @@ LIVES = """
 import itertools, json, mmap, os, random, signal, sys, time
 from pathlib import Path
 import matplotlib.pyplot, filelock, numpy, safetensors.torch
-import features, files, plots, train, trainer
+import evaluate, features, files, plots, train, trainer
 
 job = json.loads(sys.argv[1])
 PHASES = ["between", "caching", "step", "evaluation", "checkpoint", "plot", "critical", "end"]
@@ -66,8 +66,8 @@ def marking(owner, name, phase):
 
 marking(features, "_extract", "caching")
 marking(trainer.Trainer, "step", lambda given: "critical" if given[0].critical else "step")
-marking(train, "caption_split", "evaluation")
-marking(train, "split_loss", "evaluation")
+marking(evaluate, "caption_split", "evaluation")
+marking(evaluate, "split_loss", "evaluation")
 marking(train, "save_state", "checkpoint")
 marking(train, "write_rows", "checkpoint")
 marking(train.CaptionModel, "save", "checkpoint")
