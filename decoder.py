@@ -25,7 +25,6 @@ from layers import (
     moved,
     scaled_dot_products,
     split_heads,
-    unpacked,
 )
 
 # Far above what anybody trains: a file that asks for more is damaged, or means harm.
@@ -293,23 +292,23 @@ class LSTM(Decoder):
         `memory` (B, 1, D) is read once an image; its captions, `owner` (M,), go on from there.
         Sequences are packed: the LSTM does not run over padding.
         """
-        lengths = self.words(tokens).sum(1).cpu()
-        tokens, owner = moved(tokens, memory.device), moved(owner, memory.device)
         real = self.words(tokens)
         if not len(tokens):
             return Taught(memory.new_zeros(*real.shape, len(self.bias)))
+        # The longest first: torch would sort by itself, and wait for the GPU to have sorted.
+        lengths, order = real.sum(1).sort(descending=True, stable=True)
+        tokens, owner, real = tokens[order, :-1], owner[order], real[order]
+        layout = Layout(real, owner, len(memory), memory.device)
         _, state = self.lstm(memory)
-        state = tuple(part.index_select(1, owner) for part in state)
-        words = pack_padded_sequence(
-            self.read(tokens[:, :-1]),
-            lengths,
-            batch_first=True,
-            enforce_sorted=False,
-        )
+        state = tuple(part.index_select(1, moved(owner, memory.device)) for part in state)
+        words = self.read(moved(tokens, memory.device))
+        words = pack_padded_sequence(words, lengths.cpu(), batch_first=True)
         heard, _ = pad_packed_sequence(
             self.lstm(words, state)[0], batch_first=True, total_length=real.shape[1]
         )
-        return Taught(unpacked(self.logits(heard[real]), real))
+        logits = self.logits(layout.pack(heard, layout.by_caption))
+        back = moved(order.argsort(), memory.device)
+        return Taught(layout.spread(logits, layout.by_caption)[back])
 
     def start(self, memory: Tensor) -> State:
         """Return the state after the image, before the first word: h and c (B, 1, L, fc_dim)."""
@@ -393,14 +392,13 @@ class AttentionLSTM(Decoder):
         `memory` (B, S, D), `tokens` (M, T), `owner` (M,). Captions run longest first, and each
         leaves when it ends, so that no step works on padding.
         """
-        tokens, owner = moved(tokens, memory.device), moved(owner, memory.device)
         real = self.words(tokens)
         if not len(tokens):
             return Taught(memory.new_zeros(*real.shape, len(self.bias)))
         lengths, order = real.sum(1).sort(descending=True, stable=True)
         growing = (lengths[:, None] > torch.arange(real.shape[1], device=lengths.device)).sum(0)
-        words = self.dropout(self.embedding(tokens[order, :-1]))
-        owner = owner[order]
+        words = self.dropout(self.embedding(moved(tokens[order, :-1], memory.device)))
+        owner = moved(owner[order], memory.device)
         keys = self.key(memory).index_select(0, owner)
         image = memory.index_select(0, owner)
         state = tuple(part.index_select(0, owner)[:, None] for part in self.begin(memory))
@@ -418,11 +416,15 @@ class AttentionLSTM(Decoder):
                 kept.append(new[:, 0])
         # The steps one after another are the words of `words` column by column.
         columns = real[order].T
-        spoken = self.logits(words.transpose(0, 1)[columns], torch.cat(hidden), torch.cat(seen))
-        back = order.argsort()
+        places = moved(columns.flatten().nonzero()[:, 0], memory.device)
+        grid = (columns.shape, places)
+        spoken = self.logits(
+            Layout.pack(words.transpose(0, 1), grid), torch.cat(hidden), torch.cat(seen)
+        )
+        back = moved(order.argsort(), memory.device)
         return Taught(
-            unpacked(spoken, columns).transpose(0, 1)[back],
-            unpacked(torch.cat(attention), columns).transpose(0, 1)[back],
+            Layout.spread(spoken, grid).transpose(0, 1)[back],
+            Layout.spread(torch.cat(attention), grid).transpose(0, 1)[back],
         )
 
     def start(self, memory: Tensor) -> State:

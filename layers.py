@@ -108,10 +108,3 @@ class Dropout(nn.Module):
         random = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         keep = random.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
         return x * keep.to(x.dtype).mul_(256 / (256 - dropped))
-
-
-def unpacked(words: Tensor, real: Tensor) -> Tensor:
-    """Return `words` (N, X) where `real` (rows, columns) is True, zeros elsewhere."""
-    return words.new_zeros(*real.shape, words.shape[-1]).index_put(
-        real.nonzero(as_tuple=True), words
-    )

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers import Dropout, Layout, attend, unpacked
+from layers import Dropout, Layout, attend
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -67,4 +67,3 @@ def test_packed_words_come_back_where_they_were():
         assert float(spread.sum()) == 21
     by_image = layout.spread(words, layout.by_image)[..., 0].tolist()
     assert by_image == [[4, 0, 0, 0, 0], [1, 2, 3, 5, 6], [0, 0, 0, 0, 0]]
-    assert torch.equal(unpacked(words, real), layout.spread(words, layout.by_caption))

@@ -1,5 +1,6 @@
 """Training end to end: what a run leaves behind, how it goes on, and how it says no."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import files
 import inference
 import train
 from dataset import Batch
+from decoder import DECODERS, DecoderConfig
 from encoder import build_trunk
 from model import CaptionModel, read_checkpoint
 from presets import PRESETS
@@ -200,15 +202,16 @@ def test_resume_with_other_cnn_weights_is_refused(resnet, drawn, tmp_path):
         train.main([*again, "--cnn-weights", str(tmp_path / "other.pth")])
 
 
-def tiny_trainer(**changes) -> Trainer:
+def tiny_trainer(decoder="transformer", device="cpu", **changes) -> Trainer:
     from dataset import Vocabulary
-    from decoder import DecoderConfig
     from encoder import Encoder
 
-    sizes = DecoderConfig(d_model=8, n_head=2, n_decode=1, fc_dim=8, dropout=0.0, seq_len=4)
+    sizes = DecoderConfig(
+        decoder, d_model=8, n_head=2, n_decode=1, fc_dim=8, dropout=0.0, seq_len=4
+    )
     torch.manual_seed(0)
     model = CaptionModel(Encoder("tiny", "all"), sizes, Vocabulary(["a", "b"]), 64)
-    return Trainer(model, TrainConfig(**changes), steps_per_epoch=100)
+    return Trainer(model.to(device), TrainConfig(**changes), steps_per_epoch=100)
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():
@@ -355,6 +358,34 @@ def test_mixed_precision_learns_the_same_as_full(mixed, monkeypatch):
         trainer.step(BATCH)
     assert float(trainer.nll) - first < 0.7 * first
     assert all(weights.dtype == torch.float32 for weights in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_step_waits_for_nothing_that_the_device_works_out(decoder, monkeypatch):
+    """The "meta" device works out no value; what wants one raises, as it would wait for a GPU.
+
+    Words and their owners are on the CPU, as the loader gives them.
+    """
+    trainer = tiny_trainer(decoder, "meta", grad_clip=1.0)
+    monkeypatch.setattr(Trainer, "mixed", lambda self: contextlib.nullcontext())
+    before = trainer.step_number
+    trainer.step(BATCH)
+    trainer.step(BATCH)
+    assert trainer.step_number == before + 2
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        trainer.check()  # which looks at the losses: it would wait
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_step_never_waits_for_the_gpu():
+    trainer = tiny_trainer("transformer", "cuda", grad_clip=1.0)
+    trainer.step(BATCH)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.step(BATCH)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.slow
