@@ -150,16 +150,19 @@ def draw_one(root: Path, seed: int, split: str, index: int, imgid: int) -> dict:
     }
 
 
-def example(seed: int, split: str, index: int) -> tuple[dict, Image.Image, list[str]]:
-    """Return a scene, its RGB picture and five true captions of it, the same ones at every call.
+def example(
+    seed: int, split: str, index: int, side: int = IMAGE_SIZE
+) -> tuple[dict, Image.Image, list[str]]:
+    """Return a scene, its RGB picture of `side` pixels and five true captions of it.
 
+    They are the same ones at every call, whatever the side.
     A scene is `{"objects": [{"shape", "colour", "size", "x", "y"}, …]}`, x and y being the
     centre in fractions of the picture's width and height, from the top left.
     """
     # Seeded by text, so that no picture depends on another or on Python's hash seed.
     rng = random.Random(f"{seed}/{split}/{index}")
     objects = compose(rng)
-    return {"objects": objects}, paint(objects, rng), describe(objects, rng)
+    return {"objects": objects}, paint(objects, rng, side), describe(objects, rng)
 
 
 def compose(rng: random.Random) -> list[dict]:
@@ -188,9 +191,9 @@ def place(count: int, rng: random.Random) -> list[tuple[int, int]]:
     return chosen
 
 
-def paint(objects: list[dict], rng: random.Random) -> Image.Image:
+def paint(objects: list[dict], rng: random.Random, side: int = IMAGE_SIZE) -> Image.Image:
     """Return the RGB picture of `objects` on a light ground, with slight jitter of the looks."""
-    side = IMAGE_SIZE * SUPERSAMPLING
+    side *= SUPERSAMPLING
     picture = Image.new("RGB", (side, side), tuple(rng.randint(*GROUND) for _ in "rgb"))
     pen = ImageDraw.Draw(picture)
     for thing in objects:

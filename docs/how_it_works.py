@@ -34,6 +34,7 @@ INK, GREY, LINE, PAPER, BAR = "#1b1f24", "#5b6470", "#9aa3ad", "#ffffff", "#0072
 WARM = (235, 95, 0)  # where a word looked
 WIDE, HIGH, DOTS = 16.0, 7.5, 100  # inches, and dots an inch
 CROWD = 12  # words that fit side by side
+SHARP = 384  # pixels a side of a drawing as it is shown
 LEAST = 0.01  # probabilities below it are not worth a line
 
 
@@ -250,9 +251,8 @@ def main(argv: list[str] | None = None) -> None:
         image = shown = read_image(config.photo)
     else:
         _, image, _ = shapes.example(0, "test", config.number)
-        shapes.IMAGE_SIZE *= 6  # the same drawing, sharp
-        _, shown, _ = shapes.example(0, "test", config.number)
-    figure = draw(follow(model, image), shown.resize((384, 384)), model)
+        _, shown, _ = shapes.example(0, "test", config.number, side=SHARP)
+    figure = draw(follow(model, image), shown.resize((SHARP, SHARP)), model)
     with files.replacing(config.output) as temporary:
         figure.savefig(temporary, format="png", pil_kwargs={"optimize": True})
 

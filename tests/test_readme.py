@@ -45,7 +45,7 @@ NOT_RUN = {
 # Flags of other programs: pip, docker, torchrun.
 OTHERS = {
     "--index-url", "--shm-size", "--nproc-per-node", "--nnodes", "--rdzv-backend",
-    "--rdzv-endpoint", "--max-restarts",
+    "--rdzv-endpoint", "--max-restarts", "--hypothesis-profile",
 }  # fmt: skip
 SIZES = ["--d-model", "16", "--n-head", "2", "--n-decode", "1", "--fc-dim", "32"]
 QUICK = ["--limit", "4", "--workers", "0"]
@@ -255,7 +255,16 @@ def flags() -> set[str]:
 
     sys.path.insert(0, str(ROOT / "docs"))
     said = io.StringIO()
-    for name in (*SCRIPTS, "how_it_works", "bench", "limits", "growth", "ranks"):
+    for name in (
+        *SCRIPTS,
+        "how_it_works",
+        "bench",
+        "limits",
+        "growth",
+        "ranks",
+        "scale",
+        "streams",
+    ):
         with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
             __import__(name).main(["--help"])
     return set(re.findall(r"--[a-z][a-z0-9-]*", said.getvalue()))
