@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import bench
+import busy
 import growth
 import made_up
 import pytest
@@ -106,3 +107,9 @@ def test_streams_are_measured_beside_files(tmp_path, capsys):
     assert [row["what"] for row in rows] == ["written", "streamed", "from files"]
     assert all(row["images_s"] > 0 for row in rows)
     assert "| streamed | 0 |" in capsys.readouterr().out
+
+
+def test_busy_time_counts_once_what_overlaps():
+    spans = [(0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (5.0, 6.0)]
+    assert busy.covered(spans) == busy.covered(reversed(spans)) == 4.0
+    assert busy.covered([]) == 0.0

@@ -264,6 +264,7 @@ def flags() -> set[str]:
         "ranks",
         "scale",
         "streams",
+        "busy",
     ):
         with contextlib.redirect_stdout(said), pytest.raises(SystemExit):
             __import__(name).main(["--help"])
