@@ -85,6 +85,7 @@ def test_two_processes_train_as_one(alone, frozen, tmp_path):
     assert (folder / "scores.json").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_from_shards_as_one(drawn, frozen, tmp_path):
     """Where a batch holds all images; of smaller ones the processes have others than one would."""
     features.main(["--shards", str(tmp_path / "shards"), "--dataset", "shapes",
