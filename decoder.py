@@ -49,8 +49,12 @@ class DecoderConfig:
     """Share of activations dropped in training."""
     seq_len: int = 30
     """Longest caption in words; longer ones are cut."""
+    tie_weights: bool = True
+    """The output layer is the word embedding itself (arXiv 1608.05859): fewer weights."""
 
     def __post_init__(self) -> None:
+        if type(self.tie_weights) is not bool:
+            raise ValueError(f"--tie-weights {self.tie_weights!r} must be true or false")
         for name, largest in LARGEST.items():
             value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
             if type(value) is not int:
@@ -147,7 +151,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """What all decoders share: the image's projection, the tied word embedding, their checks."""
+    """What all decoders share: the image's projection, the words' vectors, their checks."""
 
     def __init__(self, config: DecoderConfig, vocabulary: int, channels: int, positions: int):
         """`vocabulary` V words; the image has `positions` S of `channels` C."""
@@ -155,9 +159,15 @@ class Decoder(nn.Module):
         self.longest, self.positions = config.seq_len, positions
         self.project = nn.Linear(channels, config.d_model)
         self.embedding = nn.Embedding(vocabulary, config.d_model)
-        # The output layer is the embedding too: N(0, 1/D) suits both.
+        # Where the output layer is the embedding too, N(0, 1/D) suits both.
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
+        self.untied = None if config.tie_weights else nn.Parameter(self.embedding.weight.clone())
         self.dropout = Dropout(config.dropout)
+
+    @property
+    def spoken(self) -> Tensor:
+        """The output layer's weight (V, D): the embedding itself unless `untied`."""
+        return self.embedding.weight if self.untied is None else self.untied
 
     def check(self, features: Tensor) -> None:
         """Raise ValueError where `features` (B, S, C) are not what this was built for."""
@@ -182,7 +192,7 @@ class Decoder(nn.Module):
 
 
 class Transformer(Decoder):
-    """A pre-norm transformer decoder; the output layer is the word embedding itself (tied)."""
+    """A pre-norm transformer decoder."""
 
     def __init__(self, config: DecoderConfig, vocabulary: int, channels: int, positions: int):
         super().__init__(config, vocabulary, channels, positions)
@@ -211,7 +221,7 @@ class Transformer(Decoder):
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, D) -> (…, V)"""
-        return F.linear(self.norm(x), self.embedding.weight)
+        return F.linear(self.norm(x), self.spoken)
 
     def forward(
         self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
@@ -259,7 +269,7 @@ class LSTM(Decoder):
     """Show and Tell (arXiv 1411.4555): the pooled image is the first thing the LSTM reads.
 
     Words and image are D wide, the LSTM is `fc_dim` wide, with a linear layer back to D before the
-    output layer, which is the word embedding itself (tied).
+    output layer.
     """
 
     def __init__(self, config: DecoderConfig, vocabulary: int, channels: int, positions: int):
@@ -282,7 +292,7 @@ class LSTM(Decoder):
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, fc_dim) -> (…, V)"""
-        return F.linear(self.output(self.dropout(x)), self.embedding.weight, self.bias)
+        return F.linear(self.output(self.dropout(x)), self.spoken, self.bias)
 
     def forward(
         self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
@@ -353,7 +363,7 @@ class AttentionLSTM(Decoder):
     def logits(self, words: Tensor, hidden: Tensor, seen: Tensor) -> Tensor:
         """Return logits (…, V) of the word read (…, D), the LSTM (…, fc_dim) and the image."""
         x = words + self.hidden_out(self.dropout(hidden)) + self.seen_out(seen)
-        return F.linear(self.dropout(x.tanh()), self.embedding.weight, self.bias)
+        return F.linear(self.dropout(x.tanh()), self.spoken, self.bias)
 
     def begin(self, memory: Tensor) -> tuple[Tensor, ...]:
         """Return h and c of each layer in turn, each (B, fc_dim), from the image's mean."""

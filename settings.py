@@ -17,7 +17,7 @@ from trainer import TrainConfig
 IDENTITY = (
     "preset", "dataset", "min_count", "split_seed", "train_fraction", "limit", "cnn_backbone",
     "img_size", "grid", "finetune_cnn", "decoder", "d_model", "n_decode", "n_head", "fc_dim",
-    "seq_len",
+    "seq_len", "tie_weights",
 )  # fmt: skip
 
 
@@ -90,7 +90,8 @@ def configure(argv: list[str] | None) -> Config:
                 f"{config.train.init_from}; --init-from keeps a model's sizes"
             )
     for name in IDENTITY if stored else ():
-        now, then = flat(config)[name], stored.get(name)
+        # A run begun before there was such a flag has its default.
+        now, then = flat(config)[name], stored.get(name, flat(Config())[name])
         if now != then:
             raise ValueError(
                 f"--{name.replace('_', '-')} {now} differs from the run's {then}; a resumed run "

@@ -298,7 +298,7 @@ def test_no_weight_is_stored_twice(decoder):
     places = [tensor.untyped_storage().data_ptr() for tensor in decoder.state_dict().values()]
     assert len(set(places)) == len(places)
     keys = [key for key, each in decoder.state_dict().items() if each.shape == (WORDS, 32)]
-    assert len(keys) == 1  # the embedding is the output layer too
+    assert len(keys) == 1  # the embedding is the output layer too, where not told otherwise
 
 
 def test_a_transformers_output_layer_is_its_embedding():
@@ -306,6 +306,21 @@ def test_a_transformers_output_layer_is_its_embedding():
     hidden = torch.randn(2, 32)
     expected = decoder.norm(hidden) @ decoder.embedding.weight.T
     torch.testing.assert_close(decoder.logits(hidden), expected)
+
+
+@torch.no_grad()
+def test_an_untied_output_layer_is_a_weight_of_its_own(name):
+    decoder, tokens = build(name, tie_weights=False), captions(LENGTHS)
+    assert decoder.state_dict().keys() - build(name).state_dict().keys() == {"untied"}
+    memory, bias = decoder.remember(features(IMAGES)), getattr(decoder, "bias", torch.zeros(()))
+    bias = bias * (tokens[:, 1:] != PAD)[..., None]
+
+    def spoken() -> Tensor:
+        return decoder(memory, tokens, OWNER).logits - bias
+
+    before = spoken()
+    decoder.untied *= 2
+    torch.testing.assert_close(spoken(), 2 * before)  # it says the words, and is read nowhere
 
 
 def test_gradients_reach_the_image_and_no_other(decoder):
@@ -325,6 +340,11 @@ def test_gradients_reach_the_image_and_no_other(decoder):
 def test_a_size_below_one_is_named(flag, value):
     with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} {value} must be >= 1"):
         DecoderConfig(**{flag: value})
+
+
+def test_a_switch_is_true_or_false():
+    with pytest.raises(ValueError, match="--tie-weights 1 must be true or false"):
+        DecoderConfig(tie_weights=1)
 
 
 def test_heads_that_do_not_divide_the_width_are_named():

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,18 @@ def test_a_finished_run_resumed_trains_no_more(whole, tmp_path, drawn):
 def test_resume_refuses_another_width_and_names_both(whole):
     with pytest.raises(ValueError, match=r"--d-model 32 differs from the run's 16"):
         train.main(["--resume", "--output", str(whole), "--d-model", "32"])
+
+
+def test_a_run_begun_before_a_flag_was_there_has_its_default(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    flags = json.loads((folder / "config.json").read_text())
+    assert flags.pop("tie_weights") is True
+    (folder / "config.json").write_text(json.dumps(flags))
+    train.main(["--resume", "--output", str(folder)])
+    assert_same_run(folder, whole)
+    with pytest.raises(ValueError, match=r"--tie-weights False differs from the run's True"):
+        train.main(["--resume", "--output", str(folder), "--no-tie-weights"])
 
 
 def test_resume_falls_back_to_the_state_before_a_damaged_one(drawn, whole, tmp_path, caplog):
