@@ -71,7 +71,8 @@ class DataConfig:
     """Where the features of a frozen CNN are kept."""
     views: int = 1
     """Views of each training image that the cache keeps: 1 the image alone, 2 mirrored too, more:
-    random parts, every other one mirrored. Training sees one of them by chance each epoch."""
+    random parts, every other one mirrored. Training sees one of them by chance each epoch. For
+    Flickr8k the default is 2."""
     workers: int = 2
     """Processes that read images."""
 

@@ -87,7 +87,8 @@ class EncoderConfig:
     """default (torchvision's), IMAGENET1K_V1, a state-dict file (.pth or .safetensors, a
     captioner's checkpoint too), or none (the whole CNN is trained from scratch)."""
     img_size: int | None = None
-    """Side in pixels that images are resized to (default: the backbone's own)."""
+    """Side in pixels that images are resized to (default: the backbone's own, 224 for a ResNet;
+    for Flickr8k 320)."""
     grid: int | None = None
     """Average the features to this many positions a side (1: one pooled vector an image, and a
     small cache; default: the CNN's own, 7 for a ResNet at 224 pixels)."""

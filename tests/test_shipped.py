@@ -51,7 +51,10 @@ def test_the_card_says_what_the_file_says(header):
     assert header["model"]["d_model"] == 256 and "width 256" in card
     critical = [each for each in header["training"]["mean_of"] if each["scst_epochs"]]
     assert {each["seed"] for each in critical} == {0, 1}
-    assert all(each["init_from"]["finetune_cnn"] for each in critical)
+    begun = [each["init_from"] for each in critical]
+    assert all(each["img_size"] == header["model"]["img_size"] for each in begun)
+    assert f"{header['model']['img_size']} x {header['model']['img_size']} pixels" in card
+    assert all(f"--views {each['views']}" in card for each in [*begun, *critical])
     assert f"--scst-lr {critical[0]['scst_lr']:.0e}".replace("e-0", "e-") in card
 
 

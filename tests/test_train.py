@@ -327,6 +327,20 @@ def test_a_preset_may_choose_the_dataset_and_a_flag_another():
     assert (flags["dataset"], flags["grid"], flags["epochs"]) == ("shapes", 1, 6)
 
 
+@pytest.mark.parametrize(
+    ("flags", "seen"),
+    [
+        ([], (320, 2)),  # Flickr8k's defaults
+        (["--img-size", "224", "--views", "1"], (224, 1)),
+        (["--preset", "show-attend-tell"], (None, 1)),  # a classic, whatever the dataset
+        (["--dataset", "coco"], (None, 1)),  # its cache would take 93 GB
+    ],
+)
+def test_flickr8ks_photographs_are_seen_larger_and_mirrored_too(flags, seen):
+    chosen = train.flat(train.configure(flags))
+    assert (chosen["img_size"], chosen["views"]) == seen
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_trains_with_its_own_encoder(preset, drawn, tmp_path):
     folder, small = tmp_path / "run", "96"  # pixels: Inception needs 75
