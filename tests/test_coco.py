@@ -137,7 +137,7 @@ def test_photographs_in_cocos_layout_train_and_evaluate_to_the_very_same_numbers
             "--dataset", dataset, "--data-dir", str(data), "--output", str(run), "--cache-dir",
             str(tmp_path / "cache"), "--cnn-weights", str(tmp_path / "cnn.pth"), "--cnn-backbone",
             "resnet18", "--img-size", "64", "--epochs", "2", "--min-count", "1", "--d-model", "16",
-            "--n-head", "2", "--n-decode", "1", "--batch-size", "5",
+            "--n-head", "2", "--n-decode", "1", "--batch-size", "5", "--views", "1",
         ])  # fmt: skip
         evaluate.main([
             "--dataset", dataset, "--data-dir", str(data), "--checkpoint", str(run), "--split",
