@@ -165,7 +165,7 @@ class Decoder(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     @property
-    def spoken(self) -> Tensor:
+    def output_weight(self) -> Tensor:
         """The output layer's weight (V, D): the embedding itself unless `untied`."""
         return self.embedding.weight if self.untied is None else self.untied
 
@@ -221,7 +221,7 @@ class Transformer(Decoder):
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, D) -> (…, V)"""
-        return F.linear(self.norm(x), self.spoken)
+        return F.linear(self.norm(x), self.output_weight)
 
     def forward(
         self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
@@ -292,7 +292,7 @@ class LSTM(Decoder):
 
     def logits(self, x: Tensor) -> Tensor:
         """(…, fc_dim) -> (…, V)"""
-        return F.linear(self.output(self.dropout(x)), self.spoken, self.bias)
+        return F.linear(self.output(self.dropout(x)), self.output_weight, self.bias)
 
     def forward(
         self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
@@ -363,7 +363,7 @@ class AttentionLSTM(Decoder):
     def logits(self, words: Tensor, hidden: Tensor, seen: Tensor) -> Tensor:
         """Return logits (…, V) of the word read (…, D), the LSTM (…, fc_dim) and the image."""
         x = words + self.hidden_out(self.dropout(hidden)) + self.seen_out(seen)
-        return F.linear(self.dropout(x.tanh()), self.spoken, self.bias)
+        return F.linear(self.dropout(x.tanh()), self.output_weight, self.bias)
 
     def begin(self, memory: Tensor) -> tuple[Tensor, ...]:
         """Return h and c of each layer in turn, each (B, fc_dim), from the image's mean."""
