@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from tiny import torchrun
+from tiny import SLOW_TO_LOOK, torchrun
 
 import distributed
 
@@ -65,7 +65,7 @@ def test_two_processes_tell_each_other_and_only_the_first_speaks(tmp_path):
 )
 def test_what_ends_a_process_ends_the_job_with_one_line(how, line, tmp_path):
     began = time.monotonic()
-    run = torchrun(JOB, how, tmp_path)
+    run = torchrun(JOB, how, tmp_path, flags=SLOW_TO_LOOK)
     assert run.returncode != 0
     assert [said.startswith(line) for said in errors(run)] == [True], run.stderr
     assert time.monotonic() - began < 120  # and nobody waits for who is gone

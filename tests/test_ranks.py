@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SMALL, losses, torchrun
+from tiny import SLOW_TO_LOOK, SMALL, losses, torchrun
 
 import evaluate
 import features
@@ -114,7 +114,7 @@ def test_two_processes_stop_together_and_one_goes_on(alone, frozen, tmp_path):
 
 
 def test_a_killed_process_is_started_again_and_the_run_goes_on(alone, frozen, tmp_path):
-    folder, flags = tmp_path / "run", ["--max-restarts", "1"]
+    folder, flags = tmp_path / "run", ["--max-restarts", "1", *SLOW_TO_LOOK]
     said = [tmp_path / "marker", "SIGKILL", *frozen, "--output", folder]
     run = torchrun(AT_STEP_EIGHT, *said, flags=flags)
     assert run.returncode == 0, run.stderr

@@ -92,6 +92,11 @@ def run_code(code: str, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+# torchrun ends a job's processes once it sees that one has died. On a busy machine that may be
+# before the others have met the broken connection, which they would tell of.
+SLOW_TO_LOOK = ("--monitor-interval", "3")
+
+
 def torchrun(
     code: str, *arguments: str, processes: int = 2, flags=()
 ) -> subprocess.CompletedProcess:
