@@ -199,14 +199,13 @@ def resnet(drawn, tmp_path_factory) -> list[str]:
 
 
 def test_a_run_killed_or_stopped_anywhere_ends_with_the_weights_of_one_left_alone(resnet, tmp_path):
-    killed = [(phase, signal.SIGKILL) for phase in ("caching", "checkpoint", "critical")]
-    stopped = [("step", signal.SIGINT), ("evaluation", signal.SIGTERM)]
+    killed = [(phase, signal.SIGKILL) for phase in ("checkpoint", "critical")]
+    stopped = [("step", signal.SIGINT)]
     flags = [*resnet, "--limit", "8", "--epochs", "1", "--batch-size", "2"]
     report = live(tmp_path, flags, [killed, stopped], plots=False)
     first, second = report["runs"]
-    assert [code for _, _, code in first["ends"]].count(-signal.SIGKILL) >= 2
-    codes = [code for _, _, code in second["ends"][:-1]]
-    assert 130 in codes and set(codes) <= {0, 130}
+    assert -signal.SIGKILL in [code for _, _, code in first["ends"]]
+    assert [code for _, _, code in second["ends"][:-1]] == [130]
     # Asked to stop, it saves first: no step is done twice.
     assert second["steps"] == report["steps"]
 
