@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from test_decoding import MAX_WORDS, METHODS, SPECIALS, Toy, images, rescored, same, spoken
+from toy import MAX_WORDS, METHODS, SPECIALS, Toy, images, rescored, same, spoken
 
 import evaluate
 import files
