@@ -1,40 +1,29 @@
-"""A run is killed, stopped, starved of disk and run into by another; nothing of it is lost.
+"""A run is killed or stopped, anywhere; nothing of it is lost.
 
 One process imports the project and forks a life of the run for each attempt, so that a life takes
 a second or two. The lives tell by shared memory what they are at, and a signal is sent at a random
 moment of that.
 """
 
-import contextlib
 import json
-import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import ROOT, SMALL, as_flickr8k, assert_same_run, losses, run_script
+from tiny import ROOT, SMALL, as_flickr8k, assert_same_run, losses
 
 import dataset
-import files
-import plots
-import runs
 import train
 import trainer
 from encoder import build_trunk
-from settings import configure
 
-if os.name == "posix":
-    import resource
-else:
-    pytest.skip("signals, forks and limits of POSIX", allow_module_level=True)
+if os.name != "posix":
+    pytest.skip("signals and forks of POSIX", allow_module_level=True)
 
 # Lives of runs, by a plan: for each run the (phase, signal) that end its lives, one by one. The
 # last life of each is left alone. A signal may come too late, when the run is over: the plan is
@@ -270,224 +259,6 @@ def test_a_signal_at_the_birth_of_a_loaders_worker_kills_it_not(sent, monkeypatc
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
-# --- one folder, one run
-
-
-@pytest.fixture(scope="module")
-def whole(drawn, tmp_path_factory) -> Path:
-    """A run of two epochs that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train.main([*SMALL, "--data-dir", str(drawn), "--output", str(folder)])
-    return folder
-
-
-@pytest.fixture
-def run(whole, tmp_path) -> Path:
-    """A copy of it, to be hurt."""
-    return Path(shutil.copytree(whole, tmp_path / "run"))
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-def error_of(*argv, capsys) -> str:
-    """Return the one line that train.py leaves on stderr, with exit code 2."""
-    code, _, said = run_script(train, *argv, capsys=capsys)
-    lines = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(lines) == 1 and "Traceback" not in said, said
-    return lines[0]
-
-
-def hold(path: Path, held) -> None:
-    with files.lock(path):
-        held.set()
-        signal.pause()
-
-
-def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(
-    run, tmp_path, drawn, capsys, monkeypatch
-):
-    monkeypatch.setattr(runs, "PATIENCE", 0.1)
-    context = multiprocessing.get_context("fork")
-    held = context.Event()
-    first = context.Process(target=hold, args=(run / ".lock", held))
-    first.start()
-    assert held.wait(60)
-    before = contents(run)
-    for argv in (["--resume"], [*SMALL, "--data-dir", str(drawn)]):
-        said = error_of(*argv, "--output", run, capsys=capsys)
-        assert said == f"error: another run is at work in {run}; name another --output"
-    assert contents(run) == before
-    first.kill()
-    first.join()
-    train.main(["--resume", "--output", str(run)])
-    assert not (run / ".lock").exists()
-
-
-def test_a_run_holds_its_folder_from_the_reading_of_data_to_the_last_score(
-    run, drawn, monkeypatch, capsys
-):
-    monkeypatch.setattr(runs, "PATIENCE", 0.1)
-    refused = []
-
-    def meanwhile(name):
-        original = getattr(train, name)
-
-        def watched(*arguments):
-            with pytest.raises(ValueError, match="another run"), runs.run_folder(arguments_of_run):
-                pass
-            refused.append(name)
-            return original(*arguments)
-
-        monkeypatch.setattr(train, name, watched)
-
-    arguments_of_run = configure(["--resume", "--output", str(run), "--epochs", "3"])
-    for name in ("load_data", "build", "finish_epoch", "finish"):
-        meanwhile(name)
-    train.main(["--resume", "--output", str(run), "--epochs", "3"])
-    assert refused == ["load_data", "build", "finish_epoch", "finish"]
-
-
-def test_runs_without_a_name_take_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config = configure(["--dataset", "shapes"])
-    with runs.run_folder(config) as first, runs.run_folder(config) as second:
-        assert (str(first), str(second)) == ("runs/shapes", "runs/shapes-2")
-    with runs.run_folder(config) as third:
-        assert third == first  # nothing came of it
-        (third / "best.safetensors").touch()
-    with runs.run_folder(config) as fourth:
-        assert fourth == second
-
-
-# --- places that can't be written
-
-
-def test_an_output_that_is_a_file_is_one_line_before_any_work(tmp_path, capsys):
-    (tmp_path / "run").write_text("mine")
-    argv = ["--data-dir", tmp_path / "nowhere", "--output", tmp_path / "run"]
-    said = error_of(*argv, capsys=capsys)
-    assert f"cannot write (Not a directory): {tmp_path}/run" in said
-    assert (tmp_path / "run").read_text() == "mine"
-
-
-def as_nobody(argv: list[str], said: Path) -> None:
-    """Run train.py as a user that owns nothing."""
-    with said.open("w") as out, contextlib.redirect_stderr(out):
-        if os.geteuid() == 0:
-            os.setuid(65534)
-        files.run(lambda: train.main(argv))
-
-
-def test_a_folder_without_permission_is_one_line_before_any_work(tmp_path):
-    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to other users
-        folder = Path(name)
-        folder.chmod(0o555)
-        argv = ["--data-dir", "/nowhere", "--output", str(folder / "run")]
-        context = multiprocessing.get_context("fork")
-        process = context.Process(target=as_nobody, args=(argv, tmp_path / "said"))
-        process.start()
-        process.join(60)
-        said = (tmp_path / "said").read_text()
-        assert process.exitcode == 2, said
-        assert said.startswith("error: cannot write (Permission denied): ") and name in said
-        assert len(said.splitlines()) == 1 and not any(folder.iterdir())
-
-
-# --- a disk that is full
-
-
-def filling(monkeypatch, name: str) -> None:
-    """Let the disk be full while a file of that name is written."""
-    original = files.replacing
-
-    @contextlib.contextmanager
-    def replacing(path):
-        with original(path) as temporary:
-            if Path(path).name != name:
-                yield temporary
-                return
-            limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
-            try:
-                yield temporary
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    monkeypatch.setattr(files, "replacing", replacing)
-    monkeypatch.setattr(plots, "replacing", replacing)
-
-
-FILES = ["config.json", "best.safetensors", "metrics.csv", "learning_curve.png", "epoch-03.png",
-         "last.pt", "scores.json"]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_disk_full_at_any_file_is_one_line_and_the_file_before_stays(
-    name, run, capsys, monkeypatch
-):
-    monkeypatch.setattr(trainer.Trainer, "best", lambda self: -2.0)  # each epoch is saved
-    before = contents(run)
-    with monkeypatch.context() as patch:
-        filling(patch, name)
-        said = error_of("--resume", "--output", run, "--epochs", "3", capsys=capsys)
-    assert name in said and "cannot write (File too large)" in said
-    after = contents(run)
-    assert {key: value for key, value in after.items() if key.endswith(name)} == {
-        key: value for key, value in before.items() if key.endswith(name)
-    }
-    assert not [key for key in after if Path(key).name.startswith(".")]
-    assert torch.load(run / "last.pt", weights_only=True)["epoch"] == 2 + (name == "scores.json")
-
-
-# --- training state that is damaged
-
-
-def flip(path: Path) -> None:
-    """Change one bit in the middle of the largest tensor's bytes: the file still opens."""
-    with zipfile.ZipFile(path) as archive:
-        largest = max(archive.infolist(), key=lambda each: each.file_size)
-    content = bytearray(path.read_bytes())
-    content[largest.header_offset + largest.file_size // 2 + 200] ^= 1
-    path.write_bytes(content)
-
-
-def test_one_flipped_bit_in_the_state_is_noticed(run, whole, capsys, caplog):
-    flip(run / "last.pt")
-    train.main(["--resume", "--output", str(run)])
-    assert f"{run / 'last.pt'} can't be read" in caplog.text and "is damaged" in caplog.text
-    assert_same_run(run, whole)
-
-
-@pytest.mark.parametrize("gone", [False, True])
-def test_without_a_sound_state_a_run_says_so_and_begins_nothing(gone, run, capsys):
-    (run / "last.pt").write_bytes(b"torn")
-    (run / "previous.pt").unlink() if gone else flip(run / "previous.pt")
-    before = contents(run)
-    said = error_of("--resume", "--output", run, capsys=capsys)
-    assert f"{run / 'last.pt'} can't be read" in said and f"--init-from {run}" in said
-    assert ("previous.pt" in said) != gone
-    assert contents(run) == before
-
-
-def test_a_run_killed_before_its_first_state_begins_anew_with_or_without_resume(
-    whole, drawn, tmp_path, capsys
-):
-    place = ["--output", str(tmp_path / "run")]
-    (tmp_path / "run").mkdir()
-    shutil.copy(whole / "config.json", tmp_path / "run")
-    with runs.run_folder(configure([*SMALL, "--data-dir", str(drawn), *place])) as folder:
-        assert folder == tmp_path / "run"
-    train.main(["--resume", *place])
-    assert "has no training state yet" in capsys.readouterr().out
-    assert_same_run(folder, whole)
-
-
 class KilledError(BaseException):
     """Stands for SIGKILL: nothing in the project catches it."""
 
@@ -512,68 +283,3 @@ def test_a_kill_between_the_second_stages_first_files_begins_it_with_the_same_mo
             train.main([*flags, str(tmp_path / "run")])
     train.main(["--resume", "--output", str(tmp_path / "run")])
     assert_same_run(tmp_path / "run", tmp_path / "whole")
-
-
-# --- a loss that is no number
-
-
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_file(what, run, capsys, monkeypatch):
-    learn, watch, names = trainer.Trainer.learn, trainer.Trainer.watch, []
-
-    def broken(self, *given, **named):
-        objective = learn(self, *given, **named)
-        if self.step_number == 14:  # the third of the third epoch's six
-            if what == "loss":
-                return objective * float("nan")
-            next(self.model.decoder.parameters()).grad.fill_(float("nan"))
-        return objective
-
-    def noted(self, image_ids, values):
-        if self.step_number == 14:
-            names.extend(image_ids)
-        watch(self, image_ids, values)
-
-    monkeypatch.setattr(trainer.Trainer, "watch", noted)
-    monkeypatch.setattr(trainer.Trainer, "learn", broken)
-    before = contents(run)
-    said = error_of("--resume", "--output", run, "--epochs", "3", capsys=capsys)
-    assert f"error: the {what} became " in said
-    assert "at step 15 (epoch 3, learning rate " in said
-    assert len(names) == 4 and ", ".join(names) in said
-    assert "go on from there with --resume and a lower --lr" in said
-    after = contents(run)
-    for name in ("last.pt", "previous.pt", "best.safetensors", "metrics.csv"):
-        assert after[name] == before[name]
-
-
-def test_a_rate_far_too_high_is_noticed_within_its_first_look(drawn, tmp_path, capsys):
-    argv = [*SMALL, "--data-dir", drawn, "--output", tmp_path / "run", "--lr", "1e30"]
-    said = error_of(*argv, capsys=capsys)
-    assert "became" in said and "epoch 1, learning rate " in said
-    assert not (tmp_path / "run/last.pt").exists()
-
-
-def test_a_run_stopped_after_a_loss_that_is_no_number_saves_nothing(run, capsys, monkeypatch):
-    step = trainer.Trainer.step
-
-    def broken(self, batch):
-        step(self, batch)
-        self.unseen[-1][1].fill_(float("inf"))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(trainer.Trainer, "step", broken)
-    before = (run / "last.pt").read_bytes()
-    said = error_of("--resume", "--output", run, "--epochs", "3", capsys=capsys)
-    assert "the loss became inf at step 13" in said
-    assert (run / "last.pt").read_bytes() == before
-
-
-def test_losses_are_looked_at_together_not_one_by_one(run, monkeypatch):
-    looks = []
-    check = trainer.Trainer.check
-    monkeypatch.setattr(
-        trainer.Trainer, "check", lambda self: (looks.append(len(self.unseen)), check(self))
-    )
-    train.main(["--resume", "--output", str(run), "--epochs", "3"])
-    assert looks == [6, 0]  # at the end of the epoch, and before its state is saved
