@@ -35,7 +35,7 @@ NOT_RUN = {
     "pip install": "needs the network (.ci/run does it)",
     "pytest": "this is it",
     "python download_data.py": "needs the network: tests/test_download_data.py has a stand-in",
-    "python app.py": "serves until it is stopped: tests/test_app.py",
+    "python app.py": "serves until it is stopped: tests/test_app_server.py",
     "python train.py --dataset shards --data-dir https": "needs the network: tests/test_shards.py",
     "torchrun": "starts processes: tests/test_ranks.py, tests/test_bulk_ranks.py",
     "python benchmarks/": "takes minutes: tests/test_benchmarks.py",

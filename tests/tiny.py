@@ -1,6 +1,7 @@
 """A tiny model, pictures and datasets for it, and scripts run as their command line runs them."""
 
 import csv
+import io
 import os
 import subprocess
 import sys
@@ -44,6 +45,12 @@ def picture(seed: int, size: tuple[int, int] = (64, 64)) -> Image.Image:
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     return small.resize(size, Image.Resampling.BILINEAR)
+
+
+def png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
 
 
 def run_script(script, *argv, capsys):
