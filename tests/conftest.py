@@ -53,6 +53,22 @@ def run(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def captioner(run):
+    """Return that model, ready to caption."""
+    from inference import Captioner
+
+    return Captioner.load(run, "cpu")
+
+
+@pytest.fixture(scope="module")
+def client(captioner):
+    """Return what asks the web page's server."""
+    import app
+
+    return app.create_app(captioner).test_client()
+
+
 # --- a server in place of the download mirrors
 
 

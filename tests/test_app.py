@@ -19,16 +19,6 @@ from inference import Captioner, DecodingConfig
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def captioner(run):
-    return Captioner.load(run, "cpu")
-
-
-@pytest.fixture(scope="module")
-def client(captioner):
-    return app.create_app(captioner).test_client()
-
-
 PHOTO = png(picture(1))
 
 

@@ -12,7 +12,6 @@ import pytest
 from tiny import METHODS, picture
 
 import app
-from inference import Captioner
 
 playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
 expect = playwright.expect
@@ -31,11 +30,6 @@ PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobil
 WAIT = 30_000  # milliseconds: machines that are busy
 # A folder to put pictures of the page into, to look at.
 SCREENSHOTS = os.environ.get("SCREENSHOTS")
-
-
-@pytest.fixture(scope="module")
-def captioner(run):
-    return Captioner.load(run, "cpu")
 
 
 @pytest.fixture(scope="module")

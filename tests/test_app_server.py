@@ -17,19 +17,8 @@ from PIL import Image
 from tiny import picture, png, run_script
 
 import app
-from inference import Captioner
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def captioner(run):
-    return Captioner.load(run, "cpu")
-
-
-@pytest.fixture(scope="module")
-def client(captioner):
-    return app.create_app(captioner).test_client()
 
 
 PHOTO = png(picture(1))

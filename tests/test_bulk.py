@@ -35,11 +35,6 @@ def script(run, capsys):
     )
 
 
-@pytest.fixture(scope="module")
-def captioner(run):
-    return Captioner.load(run, "cpu")
-
-
 def table(path):
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))

@@ -21,11 +21,6 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def captioner(run):
-    return Captioner.load(run, "cpu")
-
-
-@pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     """A folder of twenty pictures of several sizes: more than a batch."""
     folder = tmp_path_factory.mktemp("photos")
