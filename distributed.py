@@ -17,6 +17,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+# Here, before there is a group: imported later, as torchvision does, its functions' defaults would
+# hold the group for ever, and a thread of it can abort a process that ends.
+import torch.distributed.nn.functional
+
 # How long a process waits for the others before it gives up: a machine may have vanished.
 LONGEST_WAIT = datetime.timedelta(minutes=10)
 T = TypeVar("T")

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from tiny import SLOW_TO_LOOK, torchrun
@@ -52,6 +53,22 @@ def test_two_processes_tell_each_other_and_only_the_first_speaks(tmp_path):
     assert (first.pop("gathered"), second.pop("gathered")) == ([0, 10], None)
     assert (first.pop("share"), second.pop("share")) == ([0, 2, 4], [1, 3])
     assert first == second == {"shared": "of 0", "on_main": 0, "total": [2.0, 1.0], "world": 2}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    """One that does may ask for Python's lock when Python is gone, which aborts the process."""
+    run = torchrun("""
+        import os, sys
+        import distributed
+
+        before = len(os.listdir("/proc/self/task"))
+        with distributed.join():
+            import torchvision  # late, as the scripts do
+            distributed.barrier()
+        sys.exit(len(os.listdir("/proc/self/task")) - before)
+    """)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(
