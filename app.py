@@ -17,9 +17,11 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-import files
-from images import MAX_PIXELS, read_image
-from inference import Captioner, DecodingConfig, Explained, named
+from decoding import DecodingConfig
+from inference import Captioner, Explained, named
+from util import files
+from util.files import UserError
+from util.images import MAX_PIXELS, read_image
 
 METHODS = get_args(get_type_hints(DecodingConfig)["method"])
 # The least and the most a request may ask for; whole numbers where these are.
@@ -53,7 +55,7 @@ HEADERS = {
 }
 
 
-class RefusedError(ValueError):
+class RefusedError(UserError):
     """A request that is refused, with its HTTP status."""
 
     def __init__(self, status: int, message: str):
@@ -173,7 +175,7 @@ def uploaded(request: Any, max_bytes: int) -> io.BytesIO:
     photos = request.files.getlist("image")
     if len(photos) != 1:
         wanted = "send one photo as the form's field image: curl -F image=@photo.jpg"
-        raise ValueError(f"{len(photos) or 'no'} photos came; {wanted}")
+        raise UserError(f"{len(photos) or 'no'} photos came; {wanted}")
     photo = io.BytesIO(photos[0].read())
     photo.name = Path(photos[0].filename or "the photo").name[-80:]
     if (size := photo.getbuffer().nbytes) > max_bytes:
@@ -187,7 +189,7 @@ def opened(photo: io.BytesIO) -> Image.Image:
     try:
         return read_image(photo)
     except OSError as error:  # of the system, which may name what is no visitor's business
-        raise ValueError(f"{photo.name} is not an image that can be read") from error
+        raise UserError(f"{photo.name} is not an image that can be read") from error
 
 
 def read_settings(
@@ -204,11 +206,11 @@ def read_setting(name: str, value: str, bounds: Mapping[str, tuple[float, float]
     """Return one setting as the value it stands for."""
     if name == "method":
         if value not in METHODS:
-            raise ValueError(f"method {value!r} is not known; choose from {', '.join(METHODS)}")
+            raise UserError(f"method {value!r} is not known; choose from {', '.join(METHODS)}")
         return value
     if name not in bounds:
         known = ", ".join(("method", *bounds))
-        raise ValueError(f"setting {name!r} is not known; choose from {known}")
+        raise UserError(f"setting {name!r} is not known; choose from {known}")
     least, most = bounds[name]
     kind = "whole number" if isinstance(least, int) else "number"
     try:
@@ -216,7 +218,7 @@ def read_setting(name: str, value: str, bounds: Mapping[str, tuple[float, float]
     except ValueError:
         number = math.nan
     if not least <= number <= most:
-        raise ValueError(f"{name} {value!r} must be a {kind} between {least} and {most}")
+        raise UserError(f"{name} {value!r} must be a {kind} between {least} and {most}")
     return number
 
 
@@ -271,11 +273,11 @@ class Config:
 def check(config: Config) -> None:
     """Raise ValueError for a flag out of bounds."""
     if not 0 <= config.port <= 65535:
-        raise ValueError(f"port {config.port} must be between 0 and 65535 (0: any that is free)")
+        raise UserError(f"port {config.port} must be between 0 and 65535 (0: any that is free)")
     if not 0 < config.max_mb <= 1000:
-        raise ValueError(f"max mb {config.max_mb:g} must be above 0 and at most 1000")
+        raise UserError(f"max mb {config.max_mb:g} must be above 0 and at most 1000")
     if config.at_once < 1:
-        raise ValueError(f"at once {config.at_once} must be at least 1")
+        raise UserError(f"at once {config.at_once} must be at least 1")
 
 
 def listen(app: Any, config: Config) -> Any:
@@ -300,7 +302,7 @@ def listen(app: Any, config: Config) -> Any:
         )
     except (OSError, ValueError) as error:
         reason = files.explain(error).rstrip(".")
-        raise ValueError(
+        raise UserError(
             f"can't listen at {config.host}, port {config.port} ({reason}); choose another --port "
             "or --host"
         ) from error
@@ -314,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
         import flask  # noqa: F401
         import waitress  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ValueError(
+        raise UserError(
             f"{error.name} is missing; install it: pip install -r requirements-app.txt"
         ) from error
     checkpoint = named(config.checkpoint, config.ensemble)

@@ -16,16 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from decoding import PAD, State
-from layers import (
+from decoding import State
+from util.files import UserError
+from util.layers import (
     Dropout,
     Layout,
     attend,
     join_heads,
-    moved,
     scaled_dot_products,
     split_heads,
+    to_device,
 )
+from vocabulary import PAD
 
 # Far above what anybody trains: a file that asks for more is damaged, or means harm.
 LARGEST = {"d_model": 16384, "n_decode": 128, "n_head": 1024, "fc_dim": 65536, "seq_len": 1000}
@@ -54,22 +56,22 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if type(self.tie_weights) is not bool:
-            raise ValueError(f"--tie-weights {self.tie_weights!r} must be true or false")
+            raise UserError(f"--tie-weights {self.tie_weights!r} must be true or false")
         for name, largest in LARGEST.items():
             value, flag = getattr(self, name), f"--{name.replace('_', '-')}"
             if type(value) is not int:
-                raise ValueError(f"{flag} {value!r} must be a whole number")
+                raise UserError(f"{flag} {value!r} must be a whole number")
             if value < 1:
-                raise ValueError(f"{flag} {value} must be >= 1")
+                raise UserError(f"{flag} {value} must be >= 1")
             if value > largest:
-                raise ValueError(f"{flag} {value} must be at most {largest:,}")
+                raise UserError(f"{flag} {value} must be at most {largest:,}")
         if self.d_model % self.n_head:
-            raise ValueError(f"--d-model {self.d_model} is not divisible by --n-head {self.n_head}")
+            raise UserError(f"--d-model {self.d_model} is not divisible by --n-head {self.n_head}")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout {self.dropout} must be at least 0 and below 1")
+            raise UserError(f"--dropout {self.dropout} must be at least 0 and below 1")
 
 
-class Taught(NamedTuple):
+class DecoderOutput(NamedTuple):
     """Teacher forcing's result: `logits` (M, T-1, V), zero where the target is padding; position
     t predicts token t + 1. `attention` (M, T-1, S) or None."""
 
@@ -173,7 +175,7 @@ class Decoder(nn.Module):
         """Raise ValueError where `features` (B, S, C) are not what this was built for."""
         expected = self.positions, self.project.in_features
         if features.shape[1:] != expected:
-            raise ValueError(
+            raise UserError(
                 f"features have (positions, channels) {tuple(features.shape[1:])}, but the decoder "
                 f"was built for {expected}; use the image size and CNN it was trained with"
             )
@@ -185,7 +187,7 @@ class Decoder(nn.Module):
         """
         real = tokens[:, 1:] != PAD
         if real.shape[1] > self.longest + 1 and real[:, self.longest + 1 :].any():
-            raise ValueError(
+            raise UserError(
                 f"a caption is longer than the decoder's {self.longest} words (--seq-len)"
             )
         return real
@@ -204,7 +206,7 @@ class Transformer(Decoder):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_decode))
         self.norm = nn.LayerNorm(width)
 
-    def remember(self, features: Tensor) -> Tensor:
+    def encode(self, features: Tensor) -> Tensor:
         """Return memory (B, S, D) of features (B, S, C): the image projected once."""
         self.check(features)
         return self.dropout(self.norm_image(self.project(features)) + self.image_position)
@@ -225,7 +227,7 @@ class Transformer(Decoder):
 
     def forward(
         self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
-    ) -> Taught:
+    ) -> DecoderOutput:
         """Return logits (M, T-1, V) of `tokens` (M, T) by teacher forcing.
 
         `memory` (B, S, D); `owner` (M,) the image of each caption, in any order. Tokens and owner
@@ -235,14 +237,14 @@ class Transformer(Decoder):
         """
         real = self.words(tokens)
         layout = Layout(real, owner, len(memory), memory.device)
-        x = self.embed(moved(tokens[:, :-1][real], memory.device), layout.position)
+        x = self.embed(to_device(tokens[:, :-1][real], memory.device), layout.position)
         looks: list[Tensor] | None = [] if attention else None
         for block in self.blocks:
             x = block(x, layout, block.look(memory), looks)
         logits = layout.spread(self.logits(x), layout.by_caption)
         if looks is None:
-            return Taught(logits)
-        return Taught(logits, layout.spread(torch.stack(looks).mean(0), layout.by_caption))
+            return DecoderOutput(logits)
+        return DecoderOutput(logits, layout.spread(torch.stack(looks).mean(0), layout.by_caption))
 
     def start(self, memory: Tensor) -> State:
         """Return the state before the first word: memory (B, S, D) as keys and values."""
@@ -281,7 +283,7 @@ class LSTM(Decoder):
         self.output = nn.Linear(config.fc_dim, config.d_model)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
-    def remember(self, features: Tensor) -> Tensor:
+    def encode(self, features: Tensor) -> Tensor:
         """Return memory (B, 1, D) of features (B, S, C): their mean through linear and ReLU."""
         self.check(features)
         return self.dropout(self.norm_image(self.project(features.mean(1, keepdim=True))).relu())
@@ -296,7 +298,7 @@ class LSTM(Decoder):
 
     def forward(
         self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
-    ) -> Taught:
+    ) -> DecoderOutput:
         """Return logits (M, T-1, V) of `tokens` (M, T) by teacher forcing.
 
         `memory` (B, 1, D) is read once an image; its captions, `owner` (M,), go on from there.
@@ -304,21 +306,21 @@ class LSTM(Decoder):
         """
         real = self.words(tokens)
         if not len(tokens):
-            return Taught(memory.new_zeros(*real.shape, len(self.bias)))
+            return DecoderOutput(memory.new_zeros(*real.shape, len(self.bias)))
         # The longest first: torch would sort by itself, and wait for the GPU to have sorted.
         lengths, order = real.sum(1).sort(descending=True, stable=True)
         tokens, owner, real = tokens[order, :-1], owner[order], real[order]
         layout = Layout(real, owner, len(memory), memory.device)
         _, state = self.lstm(memory)
-        state = tuple(part.index_select(1, moved(owner, memory.device)) for part in state)
-        words = self.read(moved(tokens, memory.device))
+        state = tuple(part.index_select(1, to_device(owner, memory.device)) for part in state)
+        words = self.read(to_device(tokens, memory.device))
         words = pack_padded_sequence(words, lengths.cpu(), batch_first=True)
         heard, _ = pad_packed_sequence(
             self.lstm(words, state)[0], batch_first=True, total_length=real.shape[1]
         )
         logits = self.logits(layout.pack(heard, layout.by_caption))
-        back = moved(order.argsort(), memory.device)
-        return Taught(layout.spread(logits, layout.by_caption)[back])
+        back = to_device(order.argsort(), memory.device)
+        return DecoderOutput(layout.spread(logits, layout.by_caption)[back])
 
     def start(self, memory: Tensor) -> State:
         """Return the state after the image, before the first word: h and c (B, 1, L, fc_dim)."""
@@ -355,7 +357,7 @@ class AttentionLSTM(Decoder):
         self.hidden_out, self.seen_out = nn.Linear(hidden, width), nn.Linear(width, width)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
-    def remember(self, features: Tensor) -> Tensor:
+    def encode(self, features: Tensor) -> Tensor:
         """Return memory (B, S, D) of features (B, S, C): the image projected once."""
         self.check(features)
         return self.dropout(self.norm_image(self.project(features)))
@@ -396,7 +398,7 @@ class AttentionLSTM(Decoder):
 
     def forward(
         self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
-    ) -> Taught:
+    ) -> DecoderOutput:
         """Return logits (M, T-1, V) and attention (M, T-1, S) by teacher forcing.
 
         `memory` (B, S, D), `tokens` (M, T), `owner` (M,). Captions run longest first, and each
@@ -404,11 +406,11 @@ class AttentionLSTM(Decoder):
         """
         real = self.words(tokens)
         if not len(tokens):
-            return Taught(memory.new_zeros(*real.shape, len(self.bias)))
+            return DecoderOutput(memory.new_zeros(*real.shape, len(self.bias)))
         lengths, order = real.sum(1).sort(descending=True, stable=True)
         growing = (lengths[:, None] > torch.arange(real.shape[1], device=lengths.device)).sum(0)
-        words = self.dropout(self.embedding(moved(tokens[order, :-1], memory.device)))
-        owner = moved(owner[order], memory.device)
+        words = self.dropout(self.embedding(to_device(tokens[order, :-1], memory.device)))
+        owner = to_device(owner[order], memory.device)
         keys = self.key(memory).index_select(0, owner)
         image = memory.index_select(0, owner)
         state = tuple(part.index_select(0, owner)[:, None] for part in self.begin(memory))
@@ -426,13 +428,13 @@ class AttentionLSTM(Decoder):
                 kept.append(new[:, 0])
         # The steps one after another are the words of `words` column by column.
         columns = real[order].T
-        places = moved(columns.flatten().nonzero()[:, 0], memory.device)
+        places = to_device(columns.flatten().nonzero()[:, 0], memory.device)
         grid = (columns.shape, places)
         spoken = self.logits(
             Layout.pack(words.transpose(0, 1), grid), torch.cat(hidden), torch.cat(seen)
         )
-        back = moved(order.argsort(), memory.device)
-        return Taught(
+        back = to_device(order.argsort(), memory.device)
+        return DecoderOutput(
             Layout.spread(spoken, grid).transpose(0, 1)[back],
             Layout.spread(torch.cat(attention), grid).transpose(0, 1)[back],
         )
@@ -462,5 +464,5 @@ def build_decoder(
     """Return the decoder `config` names, for V words and images of S positions of C channels."""
     if config.decoder not in DECODERS:
         known = ", ".join(DECODERS)
-        raise ValueError(f"decoder {config.decoder!r} is not known; choose from {known}")
+        raise UserError(f"decoder {config.decoder!r} is not known; choose from {known}")
     return DECODERS[config.decoder](config, vocabulary, channels, positions)

@@ -10,13 +10,17 @@ next state. Images whose captions are complete leave the batch, so the work shri
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-# The four special tokens have these ids in every vocabulary.
-PAD, START, END, UNK = range(4)
+from util.files import UserError
+from util.results import Caption
+from util.seeding import derive_seed
+from vocabulary import END, PAD, START, UNK
+
 NEVER = (PAD, START, UNK)
 # An end that the model holds impossible is given this log-probability where nothing else may be
 # said: low enough to lose against anything, finite so that sums of it keep their order.
@@ -56,18 +60,18 @@ class State(NamedTuple):
         return State(self.image, tuple(map(chosen, self.beam)), attention)
 
 
-class Joint(NamedTuple):
+class EnsembleState(NamedTuple):
     """The states of several decoders that write one caption together."""
 
     states: tuple[State, ...]
 
-    def keep_images(self, index: Tensor) -> "Joint":
+    def keep_images(self, index: Tensor) -> "EnsembleState":
         """Return the states of the images in `index` (b,) alone."""
-        return Joint(tuple(state.keep_images(index) for state in self.states))
+        return EnsembleState(tuple(state.keep_images(index) for state in self.states))
 
-    def reorder(self, parents: Tensor) -> "Joint":
+    def reorder(self, parents: Tensor) -> "EnsembleState":
         """Return the states with beams reordered by `parents` (B, K)."""
-        return Joint(tuple(state.reorder(parents) for state in self.states))
+        return EnsembleState(tuple(state.reorder(parents) for state in self.states))
 
 
 class Ensemble:
@@ -76,23 +80,23 @@ class Ensemble:
     They may be of any kinds, but of one vocabulary. `memory` is a tuple of their memories.
     """
 
-    def __init__(self, decoders: Sequence["Steps"]):
+    def __init__(self, decoders: Sequence["StepDecoder"]):
         self.decoders = decoders
 
-    def start(self, memory: tuple[Tensor, ...]) -> Joint:
+    def start(self, memory: tuple[Tensor, ...]) -> EnsembleState:
         """Return the decoders' states before the first word."""
         pairs = zip(self.decoders, memory, strict=True)
-        return Joint(tuple(decoder.start(one) for decoder, one in pairs))
+        return EnsembleState(tuple(decoder.start(one) for decoder, one in pairs))
 
-    def step(self, token: Tensor, state: Joint) -> tuple[Tensor, Joint]:
+    def step(self, token: Tensor, state: EnsembleState) -> tuple[Tensor, EnsembleState]:
         """Return log-probabilities (B, K, V) after `token` (B, K), and the next states."""
         pairs = zip(self.decoders, state.states, strict=True)
         log_probs, states = zip(*(decoder.step(token, one) for decoder, one in pairs), strict=True)
         mean = torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))
-        return mean, Joint(states)
+        return mean, EnsembleState(states)
 
 
-class Steps(Protocol):
+class StepDecoder(Protocol):
     """What decoding asks of a model."""
 
     def start(self, memory: Any) -> State: ...
@@ -113,7 +117,12 @@ class Decoded(NamedTuple):
 
 @torch.no_grad()
 def greedy(
-    decoder: Steps, memory: Any, *, max_words: int, min_words: int = 1, no_repeat_ngram: int = 0
+    decoder: StepDecoder,
+    memory: Any,
+    *,
+    max_words: int,
+    min_words: int = 1,
+    no_repeat_ngram: int = 0,
 ) -> Decoded:
     """Return one caption an image (B, 1, T): the most probable word each time.
 
@@ -130,7 +139,7 @@ def greedy(
 
 @torch.no_grad()
 def sample(
-    decoder: Steps,
+    decoder: StepDecoder,
     memory: Any,
     *,
     max_words: int,
@@ -150,12 +159,12 @@ def sample(
     of range.
     """
     if not 0 < temperature < math.inf or not 0 < top_p <= 1:
-        raise ValueError(
+        raise UserError(
             f"temperature {temperature} must be above 0 and top-p {top_p} in (0, 1]; "
             "use the greedy method for the most probable words"
         )
     if n < 1 or top_k < 0:
-        raise ValueError(f"n {n} must be at least 1 and top-k {top_k} at least 0 (0: all words)")
+        raise UserError(f"n {n} must be at least 1 and top-k {top_k} at least 0 (0: all words)")
 
     def draw(log_probs: Tensor) -> tuple[Tensor, Tensor]:
         # The best at 0, so that no temperature sends all of them to minus infinity.
@@ -201,7 +210,7 @@ def filter_words(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _roll(
-    decoder: Steps,
+    decoder: StepDecoder,
     memory: Any,
     n: int,
     choose: Callable[[Tensor], tuple[Tensor, Tensor]],
@@ -254,7 +263,7 @@ def _roll(
 
 @torch.no_grad()
 def beam_search(
-    decoder: Steps,
+    decoder: StepDecoder,
     memory: Any,
     *,
     max_words: int,
@@ -272,7 +281,7 @@ def beam_search(
     are `greedy`'s. Raises ValueError on a setting out of range.
     """
     if not 1 <= n <= beam_size:
-        raise ValueError(f"n {n} must be between 1 and the beam size, {beam_size}")
+        raise UserError(f"n {n} must be between 1 and the beam size, {beam_size}")
     if beam_size == 1:
         # Below, an end is noted even where K words are likelier. That finds better captions (+0.003
         # CIDEr on 500 images of Flickr8k), but with one beam it would not be greedy.
@@ -434,13 +443,13 @@ def _forbidden(words: int, only_end: bool, no_end: bool, device: torch.device) -
 def _check(max_words: int, min_words: int, no_repeat_ngram: int) -> None:
     """Raise ValueError where the bounds of a caption are out of range."""
     if not 1 <= min_words <= max_words:
-        raise ValueError(f"min words {min_words} must be between 1 and max words, {max_words}")
+        raise UserError(f"min words {min_words} must be between 1 and max words, {max_words}")
     if no_repeat_ngram < 0:
-        raise ValueError(f"no-repeat n-gram {no_repeat_ngram} must be at least 0 (0: off)")
+        raise UserError(f"no-repeat n-gram {no_repeat_ngram} must be at least 0 (0: off)")
 
 
-def _size(state: State | Joint) -> tuple[int, torch.device]:
-    if isinstance(state, Joint):
+def _size(state: State | EnsembleState) -> tuple[int, torch.device]:
+    if isinstance(state, EnsembleState):
         return _size(state.states[0])
     first = (*state.image, *state.beam)[0]
     return len(first), first.device
@@ -450,3 +459,170 @@ def _trim(tokens: Tensor) -> Tensor:
     """Return `tokens` (B, n, T) without the columns at the end that are all padding."""
     used = int((tokens != PAD).any(0).any(0).sum())
     return tokens[..., : max(1, used)]
+
+
+MOST_BEAMS = 1000  # of one image, which bounds the memory it takes
+MOST_PENALTY = 100  # a caption's length to this power is still a number
+
+Memory = Tensor | tuple[Tensor, ...]  # of one model, or one of each of an ensemble's
+
+
+@dataclass(frozen=True)
+class DecodingConfig:
+    """How the words are chosen."""
+
+    method: "Literal[tuple(METHODS)]" = "beam"  # as text: the table is further down
+    """Beam search, the most probable word each time, or words drawn by chance."""
+    beam_size: int = 5
+    """Beams K of beam search."""
+    length_penalty: float = 0.7
+    """Beam search ranks by log-probability / length to this power (0: short captions win)."""
+    no_repeat_ngram: int = 0
+    """Forbid any run of this many words to come twice (0: off)."""
+    max_words: int | None = None
+    """Longest caption in words (default: what the model was trained for)."""
+    temperature: float = 1.0
+    """Sampling: below 1 plays safe, above 1 takes chances."""
+    top_k: int = 0
+    """Sampling: draw from the k most probable words (0: all)."""
+    top_p: float = 1.0
+    """Sampling: draw from the fewest words that hold this share of the probability."""
+    seed: int = 0
+    """Sampling: the same seed gives an image the same captions."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            known = ", ".join(METHODS)
+            raise UserError(f"method {self.method!r} is not known; choose from {known}")
+        least = {"beam_size": 1, "no_repeat_ngram": 0, "max_words": 1, "top_k": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"{name.replace('_', ' ')} {value} must be at least {low}")
+        if self.beam_size > MOST_BEAMS:
+            raise UserError(f"beam size {self.beam_size} must be at most {MOST_BEAMS:,}")
+        if not -MOST_PENALTY <= self.length_penalty <= MOST_PENALTY:
+            raise UserError(
+                f"length penalty {self.length_penalty} must be between -{MOST_PENALTY} and "
+                f"{MOST_PENALTY}"
+            )
+
+
+def decode(
+    model: Any,
+    memory: Memory,
+    config: DecodingConfig,
+    n: int = 1,
+    keys: Sequence[int] | None = None,
+) -> Decoded:
+    """Return `n` captions an image as tokens (B, n, T), decoded from what the model remembers.
+
+    `keys` (one an image; default: the places in the batch) are what sampling derives an image's
+    chance from, beside the seed. Raises ValueError for more words than the model has positions
+    for, and for more than one greedy caption.
+    """
+    longest = model.config.seq_len
+    max_words = longest if config.max_words is None else config.max_words
+    if max_words > longest:
+        raise UserError(f"max words {max_words} must be between 1 and the model's {longest}")
+    if n < 1:
+        raise UserError(f"n {n} must be at least 1: the number of captions an image")
+    if n > MOST_BEAMS:
+        raise UserError(f"n {n} must be at most {MOST_BEAMS:,}")
+    config = replace(config, max_words=max_words)
+    if keys is None:
+        keys = range(len(memory if isinstance(memory, Tensor) else memory[0]))
+    return METHODS[config.method](model.decoder, memory, config, n, keys)
+
+
+# --- the methods: n captions an image, config.max_words being said
+
+
+def decode_beam(
+    decoder: StepDecoder, memory: Memory, config: DecodingConfig, n: int, keys: Sequence[int]
+) -> Decoded:
+    """Return the `n` best captions of beam search, which widens to `n` beams."""
+    width, penalty = max(config.beam_size, n), config.length_penalty
+    return beam_search(
+        decoder, memory, beam_size=width, n=n, length_penalty=penalty, **limits(config)
+    )
+
+
+def decode_greedy(
+    decoder: StepDecoder, memory: Memory, config: DecodingConfig, n: int, keys: Sequence[int]
+) -> Decoded:
+    """Return the caption of the most probable word each time; ValueError for more than one."""
+    if n > 1:
+        raise UserError("the greedy method has one caption an image; use beam or sample")
+    return greedy(decoder, memory, **limits(config))
+
+
+def decode_sample(
+    decoder: StepDecoder, memory: Memory, config: DecodingConfig, n: int, keys: Sequence[int]
+) -> Decoded:
+    """Return `n` captions drawn by chance, each image's from its own of `keys` and the seed."""
+    chances = {name: getattr(config, name) for name in ("temperature", "top_k", "top_p")}
+    device = (memory if isinstance(memory, Tensor) else memory[0]).device
+    # One image at a time, each with a generator of its own: its words are then the same whatever
+    # else is in the batch.
+    drawn = [
+        sample(
+            decoder,
+            one_image(memory, row),
+            n=n,
+            generator=torch.Generator(device).manual_seed(derive_seed(config.seed, key)),
+            **chances,
+            **limits(config),
+        )
+        for row, key in enumerate(keys)
+    ]
+    return together(drawn)
+
+
+METHODS: dict[str, Callable[..., Decoded]] = {
+    "beam": decode_beam,
+    "greedy": decode_greedy,
+    "sample": decode_sample,
+}
+
+
+def limits(config: DecodingConfig) -> dict[str, int | None]:
+    """Return the bounds that all methods keep to."""
+    return {"max_words": config.max_words, "no_repeat_ngram": config.no_repeat_ngram}
+
+
+def one_image(memory: Memory, row: int) -> Memory:
+    """Return the memory of one image of the batch, itself a batch of one."""
+    if isinstance(memory, Tensor):
+        return memory[row : row + 1]
+    return tuple(part[row : row + 1] for part in memory)
+
+
+def together(parts: Sequence[Decoded]) -> Decoded:
+    """Return the captions of several batches as one: (B, n, T), T the longest of any."""
+    length = max(part.tokens.shape[-1] for part in parts)
+    tokens = [
+        torch.nn.functional.pad(part.tokens, (0, length - part.tokens.shape[-1]), value=PAD)
+        for part in parts
+    ]
+    return Decoded(torch.cat(tokens), torch.cat([part.log_prob for part in parts]))
+
+
+def to_captions(model: Any, decoded: Decoded) -> list[list[Caption]]:
+    """Return the captions of each image as text; fewer than n where no more are possible.
+
+    Raises ValueError where the model gave no probability (NaN).
+    """
+    if decoded.log_prob.isnan().any():
+        raise UserError(
+            "the model's probabilities are NaN: its weights are damaged, or too large for these "
+            "pictures"
+        )
+    return [
+        [
+            Caption(model.vocabulary.decode(tokens), log_prob)
+            for tokens, log_prob in zip(rows, scores.tolist(), strict=True)
+            if log_prob != -math.inf
+        ]
+        for rows, scores in zip(decoded.tokens.cpu(), decoded.log_prob.cpu(), strict=True)
+    ]

@@ -11,20 +11,91 @@ its own name only when it is whole.
 
 import hashlib
 import os
+import posixpath
 import re
 import shutil
+import stat
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import requests
 import tyro
 from tqdm import tqdm
 
-import files
-from archives import MARKER, unpack
+from util import files
+from util.files import UserError
+
+MARKER = ".unpacked.json"  # inside an unpacked folder: the archive it is from
+BOMB = 20  # times its archive's size: captions shrink to a fifth, photographs hardly
+
+
+def unpack(archive: Path, target: Path, about: dict[str, str]) -> None:
+    """Unpack `archive` into the folder `target`, which appears whole or not at all.
+
+    `about` is what the marker in it will say. A ValueError is an archive that is not sound or
+    means harm; then nothing is left.
+    """
+    temporary = target.with_name(f".unpacking-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            places = safe_places(opened, archive)
+            look = {"desc": f"unpacking {archive.name}", "unit": "file", "disable": None}
+            for member, place in tqdm(places.items(), **look):
+                (temporary / place).parent.mkdir(parents=True, exist_ok=True)
+                with opened.open(member) as source, open(temporary / place, "wb") as out:
+                    shutil.copyfileobj(source, out)
+        files.write_json(temporary / MARKER, about)
+        if hasattr(os, "sync"):  # after a power cut the new name must not stand for empty files
+            os.sync()
+        if target.exists():
+            target.rmdir()  # empty, or `is_unpacked` would have said so
+        os.rename(temporary, target)
+        files.sync_folder(target.parent)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        # RuntimeError: encrypted, or packed by a method that zipfile doesn't know.
+        raise UserError(f"{archive} is not a sound zip archive ({error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def safe_places(opened: zipfile.ZipFile, archive: Path) -> dict[zipfile.ZipInfo, PurePosixPath]:
+    """Return where each file of the archive belongs in its folder.
+
+    Folders that all files share are taken off and the Mac's `__MACOSX` is left out. A ValueError
+    is a name that could lead outside, on any system, a link, one place for two files (letters'
+    case aside, as on Macs and Windows), no file at all, or far more bytes than the archive's own.
+    """
+    places: dict[zipfile.ZipInfo, PurePosixPath] = {}
+    taken: set[str] = set()
+    for member in opened.infolist():
+        name = member.orig_filename  # `filename` has been changed to suit this system
+        path = PurePosixPath(name)
+        kind = stat.S_IFMT(member.external_attr >> 16)
+        unsafe = path.is_absolute() or ".." in path.parts or any(c in name for c in "\\:\0")
+        if unsafe or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise UserError(f"{archive} is refused: {name!r} in it could write outside its folder")
+        if not member.is_dir() and path.parts[:1] != ("__MACOSX",):
+            place = str(path).casefold()
+            if place in taken:
+                raise UserError(f"{archive} is refused: {name!r} is in it twice")
+            taken.add(place)
+            places[member] = path
+    # zipfile unpacks no more of a file than the size it says.
+    size = sum(member.file_size for member in places)
+    if not places or size > BOMB * archive.stat().st_size:
+        raise UserError(
+            f"{archive} is refused: {len(places)} files of {size / 1e6:.1f} MB in "
+            f"{archive.stat().st_size / 1e6:.1f} MB are no dataset"
+        )
+    shared = posixpath.commonpath([path.parent for path in places.values()])
+    return {member: path.relative_to(shared) for member, path in places.items()}
+
 
 ATTEMPTS = 3  # in a row on one mirror that bring no new byte
 PAUSE = 1.0  # seconds before another attempt, doubled at each
@@ -142,13 +213,13 @@ def choose(dataset: str, parts: Sequence[str]) -> list[File]:
     known = {file.folder: file for file in DATASETS[dataset]}
     for part in parts:
         if part not in known:
-            raise ValueError(f"{dataset} has no part {part!r}; parts: {', '.join(known) or 'none'}")
+            raise UserError(f"{dataset} has no part {part!r}; parts: {', '.join(known) or 'none'}")
     return [file for name, file in known.items() if (name in parts if parts else file.usual)]
 
 
 def draw_shapes(folder: Path) -> None:
     """Draw the shapes dataset into `folder`, if it is not there."""
-    import shapes
+    from util import shapes
 
     if shapes.is_drawn(folder):
         print(f"{folder} is complete, nothing to do")
@@ -215,7 +286,7 @@ def find_archives(wanted: Sequence[File], archives: Path) -> dict[File, Path]:
     found = {file: archives / file.name for file in wanted if (archives / file.name).exists()}
     for file, path in found.items():
         if (actual := md5_of(path)) != file.md5:
-            raise ValueError(
+            raise UserError(
                 f"{path} is not the right archive: MD5 {file.md5} expected, {actual} found; "
                 f"replace it, or remove it to have it downloaded"
             )
@@ -245,10 +316,10 @@ def plan(folder: Path, wanted: list[File], missing: list[File], at_hand: Contain
 def confirm(size: str) -> None:
     """Ask on the terminal before a download; a no, or nobody to ask, is a ValueError."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ValueError(f"{size} to download and no terminal to ask on: give --yes to agree")
+        raise UserError(f"{size} to download and no terminal to ask on: give --yes to agree")
     print(f"download {size}? [y/N] ", end="", flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise ValueError("nothing was downloaded, for the answer was not yes")
+        raise UserError("nothing was downloaded, for the answer was not yes")
 
 
 def in_units(size: float) -> str:
@@ -294,7 +365,7 @@ def download(session: requests.Session, url: str, part: Path, file: File) -> Non
         part.unlink()
         # Pieces may be of two versions of the file, or of two mirrors: once more, from the start.
         if in_one_piece or last:
-            raise ValueError(f"MD5 {file.md5} expected, {actual} found")
+            raise UserError(f"MD5 {file.md5} expected, {actual} found")
 
 
 def complete(session: requests.Session, url: str, part: Path, most: int) -> bool:
@@ -327,12 +398,12 @@ def receive(session: requests.Session, url: str, part: Path, most: int) -> int:
             return have
         response.raise_for_status()
         if "html" in response.headers.get("Content-Type", ""):
-            raise ValueError("a page of HTML in place of the archive")
+            raise UserError("a page of HTML in place of the archive")
         start = first_byte(response, have)
         length = response.headers.get("Content-Length")
         total = start + int(length) if length else None
         if start > have or (total or 0) > most:
-            raise ValueError(
+            raise UserError(
                 f"bytes {start} to {total} were offered, {have} to {most} at most wanted"
             )
         with open(part, "ab") as out, tqdm(None, part.stem, total, initial=start, **BYTES) as bar:
@@ -341,7 +412,7 @@ def receive(session: requests.Session, url: str, part: Path, most: int) -> int:
             for chunk in response.iter_content(CHUNK):
                 if (came := came + len(chunk)) > most:  # it told no length, and may have no end
                     out.truncate(start)
-                    raise ValueError(f"more than {most} bytes came")
+                    raise UserError(f"more than {most} bytes came")
                 out.write(chunk)
                 bar.update(len(chunk))
     if total is not None and size_of(part) < total:  # older urllib3 does not notice

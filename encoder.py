@@ -21,6 +21,8 @@ import torch
 from PIL.Image import Resampling
 from torch import Tensor, nn
 
+from util.files import UserError
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, torchvision's own
 TRANSFORM = "squash-bilinear-imagenet"  # names the evaluation transform in caches and checkpoints
 LEAST_SIZE = 32  # pixels a side: most CNNs halve the picture five times
@@ -99,23 +101,23 @@ class EncoderConfig:
         least = backbone(self.cnn_backbone).least_size
         for flag, value in (("--img-size", self.img_size), ("--grid", self.grid)):
             if value is not None and type(value) is not int:
-                raise ValueError(f"{flag} {value!r} must be a whole number")
+                raise UserError(f"{flag} {value!r} must be a whole number")
         if self.img_size is not None and self.img_size < least:
-            raise ValueError(
+            raise UserError(
                 f"--img-size {self.img_size} is too small for {self.cnn_backbone}; use at least "
                 f"{least}"
             )
         if self.img_size is not None and self.img_size > MOST_SIZE:
-            raise ValueError(f"--img-size {self.img_size} must be at most {MOST_SIZE:,}")
+            raise UserError(f"--img-size {self.img_size} must be at most {MOST_SIZE:,}")
         if self.grid is not None and self.grid < 1:
-            raise ValueError(f"--grid {self.grid} must be at least 1")
+            raise UserError(f"--grid {self.grid} must be at least 1")
 
 
 def backbone(name: str) -> Backbone:
     """Return the row of a backbone; ValueError lists the known ones."""
     if name not in BACKBONES:
         known = ", ".join(sorted(BACKBONES))
-        raise ValueError(f"backbone {name!r} is not known; choose from {known}")
+        raise UserError(f"backbone {name!r} is not known; choose from {known}")
     return BACKBONES[name]
 
 
@@ -167,7 +169,7 @@ class Encoder(nn.Module):
         """`grid`: positions a side that the map is averaged to (none: the CNN's own)."""
         super().__init__()
         if trained not in ("none", "last", "all"):
-            raise ValueError(f"trained {trained!r} is not known; choose from none, last, all")
+            raise UserError(f"trained {trained!r} is not known; choose from none, last, all")
         self.name, self.trained, self.grid = name, trained, grid
         self.channels = backbone(name).channels
         self.cnn = build_trunk(name)
@@ -193,7 +195,7 @@ class Encoder(nn.Module):
         if self.grid:
             if self.grid > min(maps.shape[2:]):
                 height, width = maps.shape[2:]
-                raise ValueError(
+                raise UserError(
                     f"--grid {self.grid} is finer than the {height} x {width} positions that "
                     f"{self.name} makes of images of that size"
                 )
@@ -211,7 +213,7 @@ def build_encoder(
     """
     from_scratch = str(weights) == "none"
     if from_scratch and finetune is False:
-        raise ValueError(
+        raise UserError(
             "frozen random features teach a decoder nothing: give --cnn-weights, or let the CNN "
             "be trained"
         )
@@ -237,14 +239,14 @@ def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, tensor)
         if key not in state:
-            raise ValueError(f"{source} is not a {name} state dict: it has no {key}")
+            raise UserError(f"{source} is not a {name} state dict: it has no {key}")
         if state[key].shape != tensor.shape:
-            raise ValueError(
+            raise UserError(
                 f"{source} does not fit {name}: {key} has shape {tuple(state[key].shape)}, "
                 f"expected {tuple(tensor.shape)}"
             )
         if not state[key].isfinite().all():
-            raise ValueError(
+            raise UserError(
                 f"{source} is damaged: {key} holds infinity or NaN (float16 ends at 65,504; keep "
                 "BatchNorm's statistics in float32)"
             )
@@ -252,7 +254,7 @@ def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
     stages = {part for part, _ in cnn.named_children()}
     for key in state.keys() - wanted.keys():
         if key.split(".")[0] in stages:
-            raise ValueError(f"{source} is not a {name} state dict: {name} has no {key}")
+            raise UserError(f"{source} is not a {name} state dict: {name} has no {key}")
     cnn.load_state_dict({key: state[key].to(wanted[key].dtype) for key in wanted})
 
 
@@ -269,11 +271,11 @@ def read_weights(name: str, weights: str | Path) -> tuple[str, dict[str, Tensor]
     if path.suffix or path.is_file():
         return word, read_state_dict(path)
     if not published:
-        raise ValueError(
+        raise UserError(
             f"backbone {name!r} has no published weights; use --cnn-weights none, or the path of "
             "a state dict"
         )
-    raise ValueError(
+    raise UserError(
         f"weights {word!r} are not known for {name}; choose from default, none, "
         f"{', '.join(key for key in published if key != 'DEFAULT')}, or the path of a state dict"
     )
@@ -313,9 +315,9 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle can raise anything
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"holds {found[1]}, not tensors alone" if found else "is damaged, or another thing"
-        raise ValueError(f"{path} is not a readable state dict: it {what}") from error
+        raise UserError(f"{path} is not a readable state dict: it {what}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"{path} is not a state dict: expected names and tensors only")
+        raise UserError(f"{path} is not a state dict: expected names and tensors only")
     return state
 
 
@@ -384,5 +386,5 @@ def image_transform(img_size: int, *, train: bool) -> Callable[[Any], Tensor]:
     Mirroring is the dataset's: it must know the captions.
     """
     if img_size < LEAST_SIZE:
-        raise ValueError(f"image size {img_size} is too small; use at least {LEAST_SIZE}")
+        raise UserError(f"image size {img_size} is too small; use at least {LEAST_SIZE}")
     return Resize(img_size, crop=train)

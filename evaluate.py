@@ -3,6 +3,9 @@
 B images · S image positions · C backbone channels
 """
 
+import base64
+import html
+import io
 import logging
 import os
 import sys
@@ -13,22 +16,98 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import distributed
-import files
 import metrics
-from dataset import MOST_WORKERS
+from config import MOST_WORKERS
+from decoding import DecodingConfig, decode, to_captions
 from features import encode_images
-from generation import DecodingConfig, decode, spoken
 from inference import Captioner, named
-from layouts import DATASETS, load_split
 from losses import cross_entropy
 from model import CaptionModel, ModelEnsemble
 from onnx_model import OnnxModel
-from records import SPLITS, Record, Records, leave_out
-from report import write_report
+from readers import DATASETS, Record, Records, load_split, report_left_out
+from shards import SPLITS
+from util import distributed, files
+from util.files import UserError
+from util.images import read_image
+from util.tokenizer import tokenize
+
+SHOWN = 24  # captions at either end
+THUMBNAIL = (480, 360)  # pixels: sharp on a screen that doubles them
+
+STYLE = """
+:root { color-scheme: light dark; --faint: color-mix(in srgb, currentColor 9%, transparent) }
+body { font: 16px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2.5rem auto;
+padding: 0 1.5rem }
+h1 { font-size: 1.5rem; margin: 0 0 1rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 1rem }
+table { border-collapse: collapse } td, th { padding: .3rem 1.6rem .3rem 0; text-align: left;
+white-space: nowrap }
+td { font-variant-numeric: tabular-nums; font-size: 1.15rem } th { font-weight: 400; opacity: .7 }
+main { display: grid; gap: 2rem 1.5rem;
+grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)) }
+figure { margin: 0 } img { width: 100%; aspect-ratio: 4/3; object-fit: contain; border-radius: 6px;
+background: var(--faint) } figcaption { font-weight: 600; margin-top: .4rem }
+ul { margin: .3rem 0 0; padding: 0 0 0 1.1rem; font-size: .875rem; opacity: .8 }
+small { font-size: .8rem; font-weight: 400; opacity: .7; display: block; overflow-wrap: anywhere }
+"""
+
+
+def write_report(
+    path: Path, records: Sequence[Record], captions: Mapping[Any, str], scores: Mapping[str, Any]
+) -> None:
+    """Write an HTML page, one file that needs no other, of `captions` by the ids of `records`.
+
+    They are ranked by their own CIDEr-D. `scores` are the split's; what is no number is left out.
+    """
+    references = [[tokenize(line) for line in record.captions] for record in records]
+    given = [tokenize(captions[record.image_id]) for record in records]
+    values = metrics.CiderD(references).scores(given, range(len(records)))
+    ranked = sorted(range(len(records)), key=lambda place: -values[place])
+    best = ranked[: min(SHOWN, (len(ranked) + 1) // 2)]
+    worst = ranked[len(best) :][-SHOWN:][::-1]
+    parts = [head(scores, len(records))]
+    for title, places in (("Best captions", best), ("Worst captions", worst)):
+        figures = [figure(records[p], captions[records[p].image_id], values[p]) for p in places]
+        parts.append(f"<h2>{title}</h2><main>{''.join(figures)}</main>")
+    files.write_text(path, "\n".join(parts) + "\n")
+
+
+def head(scores: Mapping[str, Any], images: int) -> str:
+    """Return the page's beginning: its style, and the scores as a table."""
+    title = html.escape(f"{scores.get('dataset', '')} {scores.get('split', '')}".strip())
+    rows = {name: f"{value:.3f}" for name, value in scores.items() if isinstance(value, float)}
+    names = "".join(f"<th scope=col>{html.escape(name.replace('_', ' '))}" for name in rows)
+    cells = "".join(f"<td>{value}" for value in rows.values())
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}: captions</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
+        f"<h1>{title}, {images} images</h1>"
+        f'<div style="overflow-x:auto"><table><tr>{names}<tr>{cells}</table></div>'
+    )
+
+
+def figure(record: Record, caption: str, value: float) -> str:
+    """Return a picture with its caption, that caption's CIDEr-D, and what people wrote."""
+    lines = "".join(f"<li>{html.escape(line)}" for line in record.captions)
+    text = html.escape(caption)
+    return (
+        f'<figure><img loading="lazy" alt="{text}" src="{embedded(record.path)}">'
+        f"<figcaption>{text}<small>CIDEr {value:.2f} · {html.escape(str(record.image_id))}</small>"
+        f"</figcaption><ul>{lines}</ul></figure>"
+    )
+
+
+def embedded(path: Path) -> str:
+    """Return a small copy of a picture as an address that holds it."""
+    picture = read_image(path)
+    picture.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
+
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +137,7 @@ def split_features(
         batches = zip(
             *(
                 encode_images(records, encoder, img_size, device, batch_size, workers)
-                for encoder, img_size in model.views
+                for encoder, img_size in model.encoders
             ),
             strict=True,
         )
@@ -73,7 +152,7 @@ def split_features(
         kept = [row for row, record in enumerate(part) if record.image_id not in unread]
         if kept:
             yield [part[row].image_id for row in kept], [features[kept, 0] for features, _ in views]
-    leave_out(lost, len(records), "can't be read")
+    report_left_out(lost, len(records), "can't be read")
 
 
 def _parts(records: Sequence[Record], size: int) -> Iterator[Sequence[Record]]:
@@ -93,9 +172,9 @@ def caption_split(
         for image_ids, views in features:
             keys = [zlib.crc32(os.fsencode(str(image_id))) for image_id in image_ids]
             with torch.inference_mode():
-                memory = model.remember(*(batch.to(device) for batch in views))
+                memory = model.encode(*(batch.to(device) for batch in views))
                 decoded = decode(model, memory, decoding, keys=keys)
-            texts = (each[0].text for each in spoken(model, decoded))
+            texts = (each[0].text for each in to_captions(model, decoded))
             captions.update(zip(image_ids, texts, strict=True))
             bar.update(len(image_ids))
     return captions
@@ -133,16 +212,16 @@ def score_split(
     records: Sequence[Record],
     decoding: DecodingConfig,
     cache: Any = None,
-    heed: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    stop_between: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> tuple[dict[str, float], dict[Any, str]]:
     """Return the scores of a split, its loss too, and its captions, on the main process.
 
     Each process captions its share; the others return no captions, and the loss as their score.
-    What is gone through goes through `heed`, which may break off.
+    What is iterated goes through `stop_between`, which may break off.
     """
-    share = distributed.share(records)
-    features = list(heed(split_features(model, share, cache)))
-    captions = caption_split(model, heed(features), decoding, len(share))
+    share = distributed.split_by_rank(records)
+    features = list(stop_between(split_features(model, share, cache)))
+    captions = caption_split(model, stop_between(features), decoding, len(share))
     captions = gathered(captions, records)
     scores = {}
     if distributed.is_main():
@@ -170,7 +249,7 @@ def split_loss(
         owner = torch.arange(len(captions)).repeat_interleave(counts).to(device)
         loss = cross_entropy(model(batch.to(device), tokens, owner).logits, tokens)
         nll, words = nll + float(loss.nll), words + loss.words
-    nll, words = distributed.total([nll, words])
+    nll, words = distributed.all_reduce_sum([nll, words])
     return nll / words
 
 
@@ -183,13 +262,13 @@ def read_captions(path: Path) -> dict[str, str]:
     rows = files.read_json(path)
     expected = f"{path} is not a captions file: expected a JSON list of {EXAMPLE_ROW}"
     if not isinstance(rows, list):
-        raise ValueError(f"{expected}, not a {type(rows).__name__}")
+        raise UserError(f"{expected}, not a {type(rows).__name__}")
     captions: dict[str, str] = {}
     for number, row in enumerate(rows, 1):
         if not is_caption(row):
-            raise ValueError(f"{expected}; entry {number} is {repr(row)[:60]}")
+            raise UserError(f"{expected}; entry {number} is {repr(row)[:60]}")
         if str(row["image_id"]) in captions:
-            raise ValueError(
+            raise UserError(
                 f"{path} has two captions of image {row['image_id']!r}; expected one an image"
             )
         captions[str(row["image_id"])] = row["caption"]
@@ -250,13 +329,13 @@ class Config:
         for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {least}")
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
         for name, most in (("batch_size", MOST_IMAGES), ("workers", MOST_WORKERS)):
             if getattr(self, name) > most:
                 flag = f"--{name.replace('_', '-')}"
-                raise ValueError(f"{flag} {getattr(self, name)} must be at most {most:,}")
+                raise UserError(f"{flag} {getattr(self, name)} must be at most {most:,}")
         if self.captions and self.ensemble:
-            raise ValueError("--captions scores a file and uses no model; leave out --ensemble")
+            raise UserError("--captions scores a file and uses no model; leave out --ensemble")
 
 
 def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
@@ -274,11 +353,11 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
     else:
         captioner = Captioner.load(named(config.checkpoint, config.ensemble), config.device)
         if isinstance(captioner.model, OnnxModel):
-            raise ValueError(
+            raise UserError(
                 f"{config.checkpoint} has no encoder of its own to score with; give the "
                 "checkpoint that it was exported from"
             )
-        share = distributed.share(records)
+        share = distributed.split_by_rank(records)
         features = split_features(
             captioner.model, share, batch_size=config.batch_size, workers=config.workers
         )

@@ -26,9 +26,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-import files
 from compact import Places
-from dataset import Loader, seeded
+from dataset import Loader
 from encoder import (
     TRANSFORM,
     Encoder,
@@ -37,9 +36,12 @@ from encoder import (
     image_transform,
     multiplies_bfloat16,
 )
-from images import read_image
-from records import MAX_LEFT_OUT, UNREADABLE, Record, leave_out
+from readers import MAX_LEFT_OUT, UNREADABLE, Record, report_left_out
 from shard_writer import main
+from util import files
+from util.files import UserError
+from util.images import read_image
+from util.seeding import fork_seeded
 
 SAVE_EVERY = 16  # batches between two notes of how far the extraction has come
 MOST_IMAGES = 8192  # in one file: 1.6 GB of one view by ResNet-50 at 224 pixels
@@ -61,11 +63,11 @@ class FeatureCache:
             or "image_ids" not in description
             or not description.keys() & {"left_out", "images_per_file"}
         ):
-            raise ValueError(f"{path.with_suffix('.json')} does not describe a feature cache")
+            raise UserError(f"{path.with_suffix('.json')} does not describe a feature cache")
         for key, wanted in (expected or {}).items():
             found = description.get(key)
             if found != wanted:
-                raise ValueError(
+                raise UserError(
                     f"the feature cache {path} has {key} {_short(found)}, but {_short(wanted)} is "
                     "wanted; delete it, or use another --cache-dir"
                 )
@@ -113,7 +115,7 @@ def _mapped(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")  # np.load takes other kinds too
     except ValueError as error:
-        raise ValueError(
+        raise UserError(
             f"the feature cache {path} is damaged ({error}); delete it to have it made anew"
         ) from error
 
@@ -153,7 +155,7 @@ def cached_features(
     the others' (and builds what they, gone meanwhile, left undone).
     """
     if not records:
-        raise ValueError(f"there are no images to encode for {name}")
+        raise UserError(f"there are no images to encode for {name}")
     amp = amp and multiplies_bfloat16(torch.device(device))
     description = describe(records, encoder, img_size, amp, views)
     key = _digest(repr(sorted(description.items())))[:10]
@@ -175,7 +177,7 @@ def cached_features(
         for part in cache.paths:
             if files.read_json(part.with_suffix(".json"))["left_out"]:
                 _discard(part.with_suffix(".json"), part)
-    leave_out(list(cache.left_out), len(records), "can't be read")
+    report_left_out(list(cache.left_out), len(records), "can't be read")
     return cache
 
 
@@ -294,7 +296,7 @@ def _extract(
             if len(lost) > MAX_LEFT_OUT * total:
                 array = None
                 _discard(part, progress)
-                leave_out(lost, total, "can't be read")
+                report_left_out(lost, total, "can't be read")
             if number % SAVE_EVERY == 0 or done == len(records):
                 note()
     except KeyboardInterrupt:  # Ctrl-C or SIGTERM: nothing that is done is done again
@@ -403,7 +405,7 @@ class _Pixels(Dataset):
         if view < 2:
             pixels = self.whole(image)
         else:
-            with seeded("view", view, image_id):
+            with fork_seeded("view", view, image_id):
                 pixels = self.part(image)
         return pixels.flip(-1) if view % 2 else pixels
 

@@ -21,30 +21,33 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import distributed
-import files
-import plots
-from decoding import Decoded
+from decoding import Decoded, DecodingConfig, decode, to_captions
 from encoder import image_transform
-from generation import DecodingConfig, decode, pick_device, spoken
-from images import read_image
 from model import CaptionModel, ModelEnsemble, checkpoint_file, load_models
 from onnx_model import OnnxModel, is_onnx, load_onnx
-from photos import annotated_places, check_sidecars, find_photos, sidecar, write_annotated
-from results import (
+from util import distributed, files, plots
+from util.distributed import pick_device
+from util.files import UserError
+from util.images import read_image
+from util.results import (
     Caption,
     Lines,
     Result,
     Results,
+    annotated_places,
     as_json,
+    check_sidecars,
     find_known,
     find_parts,
+    find_photos,
     free_part,
     json_list,
     merge,
     open_results,
     part_file,
     pick_form,
+    sidecar,
+    write_annotated,
 )
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
@@ -79,7 +82,7 @@ class Captioner:
         """`decoding`: how words are chosen unless a call says otherwise."""
         self.model = model.eval()
         self.decoding = decoding or DecodingConfig()
-        self.transforms = [image_transform(size, train=False) for _, size in model.views]
+        self.transforms = [image_transform(size, train=False) for _, size in model.encoders]
 
     @classmethod
     def load(
@@ -137,18 +140,20 @@ class Captioner:
         read raises ValueError or OSError; if `forgiving`, yields the error in place of captions.
         """
         if batch_size < 1 or workers < 0:
-            raise ValueError(
+            raise UserError(
                 f"batch size {batch_size} must be at least 1, workers {workers} at least 0"
             )
         config = replace(self.decoding, **decoding)
         beams = max(n, config.beam_size if config.method == "beam" else 1)
-        pixels = sum(size**2 for _, size in self.model.views)
+        pixels = sum(size**2 for _, size in self.model.encoders)
         batch_size = min(batch_size, max(1, min(MOST_PIXELS // pixels, MOST_ROWS // beams)))
         ahead = 2 * batch_size if workers else 0
         seen = read_ahead(functools.partial(self._see, forgiving=forgiving), images, workers, ahead)
         while batch := list(islice(seen, batch_size)):
             good = [views for views in batch if not isinstance(views, Exception)]
-            captions = iter(spoken(self.model, self._decoded(good, n, config)[1]) if good else ())
+            captions = iter(
+                to_captions(self.model, self._decoded(good, n, config)[1]) if good else ()
+            )
             for views in batch:
                 yield views if isinstance(views, Exception) else next(captions)
 
@@ -166,8 +171,8 @@ class Captioner:
         """Return the `n` best captions of a picture, and where in it each word looked."""
         config = replace(self.decoding, **decoding)
         memory, decoded = self._decoded([self._see(image)], n, config)
-        captions = spoken(self.model, decoded)[0]
-        looks = self.model.look(memory, decoded.tokens)
+        captions = to_captions(self.model, decoded)[0]
+        looks = self.model.attention_maps(memory, decoded.tokens)
         explained = []
         for row, caption in enumerate(captions):
             words = caption.text.split()
@@ -184,7 +189,7 @@ class Captioner:
         views = [torch.stack(view) for view in zip(*batch, strict=True)]
         # Sampling goes by the pixels: a picture has its words alone as in any list.
         keys = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
-        memory = self.model.remember(*(pixels.to(device) for pixels in views))
+        memory = self.model.encode(*(pixels.to(device) for pixels in views))
         return memory, decode(self.model, memory, config, n, keys)
 
 
@@ -306,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
         if failed and len(work.photos) == 1 and not work.form:
             raise error
         if failed and distributed.is_main():
-            raise ValueError(f"{failed} of {len(work.photos)} pictures could not be captioned")
+            raise UserError(f"{failed} of {len(work.photos)} pictures could not be captioned")
 
 
 def configure(argv: list[str] | None) -> Config:
@@ -329,12 +334,12 @@ class Work(NamedTuple):
 
 def plan(config: Config) -> Work:
     """Return what there is to do; raises ValueError or OSError where it can't be done."""
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         check_alone(config)
     files.check_writable(config.json, config.output, config.attention)
     every = find_photos(config.photos, config.annotate, recursive=config.recursive)
     if config.attention and len(every) != 1:
-        raise ValueError(f"--attention is of one picture, but {len(every)} were named")
+        raise UserError(f"--attention is of one picture, but {len(every)} were named")
     copies = annotated_places(config.annotate, config.photos, every) if config.annotate else {}
     if config.write_sidecar:
         check_sidecars(every)
@@ -345,16 +350,16 @@ def plan(config: Config) -> Work:
     known = find_known(config.output, form, config.n)
     photos = [photo for photo in every if photo not in known]
     part = free_part(config.output, form, config.n, every)
-    return Work(every, photos, copies, form, part if part or distributed.world() > 1 else None)
+    return Work(every, photos, copies, form, part if part or distributed.world_size() > 1 else None)
 
 
 def check_alone(config: Config) -> None:
     """Raise ValueError for flags that are not for several processes."""
     if config.output is None or files.is_special(config.output):
-        raise ValueError("several processes need a file to put their captions into; give --output")
+        raise UserError("several processes need a file to put their captions into; give --output")
     for name in ("json", "attention"):
         if getattr(config, name):
-            raise ValueError(f"--{name} is written by one process alone; start it without torchrun")
+            raise UserError(f"--{name} is written by one process alone; start it without torchrun")
 
 
 def caption_share(captioner: Captioner, work: Work, config: Config) -> tuple[int, Exception | None]:
@@ -374,7 +379,7 @@ def caption_share(captioner: Captioner, work: Work, config: Config) -> tuple[int
             out = Results(sys.stdout, work.form, config.n, Path())
         also = stack.enter_context(json_list(config.json)) if config.json else None
         failed, error = caption_files(captioner, work, config, out, also)
-    (failed,) = distributed.total([failed])
+    (failed,) = distributed.all_reduce_sum([failed])
     if work.part is not None and distributed.is_main():
         merge(find_parts(config.output), config.output, work.form, config.n, work.every)
     return int(failed), error
@@ -392,7 +397,7 @@ def caption_files(
     Only reading and writing are forgiven: settings wrong for one picture are wrong for all.
     """
     failed, first = 0, None
-    photos = distributed.share(work.photos)
+    photos = distributed.split_by_rank(work.photos)
     sizes = {"n": config.n, "batch_size": config.batch_size, "workers": config.workers}
     captioned = captioner.caption_many(photos, forgiving=True, **sizes)
     quiet = None if config.output else True  # a bar and printed lines would be in each other's way
@@ -432,7 +437,7 @@ def write_attention(captioner: Captioner, photo: Path, path: Path) -> None:
     """Write the page of what each word of a picture's caption looked at."""
     (explained,) = captioner.explain(photo)
     if explained.attention is None:
-        raise ValueError(
+        raise UserError(
             "this model looks at the whole picture at once, so there is no attention to show; use "
             "a single model with the transformer or attention-lstm decoder"
         )

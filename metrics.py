@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenizer import tokenize
+from util.files import UserError
+from util.tokenizer import tokenize
 
 Tokens = Sequence[Hashable]  # words, or a model's integer tokens: the formulas don't mind
 
@@ -206,7 +207,7 @@ class CiderD:
         image = np.asarray(image_index, np.int64)
         known = (image >= 0) & (image < len(self._per_image))
         if len(image) != len(candidates) or not known.all():
-            raise ValueError(
+            raise UserError(
                 f"each of the {len(candidates)} candidates needs one image index from 0 to "
                 f"{len(self._per_image) - 1}; got {list(image_index)[:5]}…"
             )
@@ -305,22 +306,22 @@ def _check_ids(
     references: Mapping[Hashable, Sequence[str]], candidates: Mapping[Hashable, str]
 ) -> list[Hashable]:
     if not references or not candidates:
-        raise ValueError("nothing to score: give at least one image with references and a caption")
+        raise UserError("nothing to score: give at least one image with references and a caption")
     missing = [key for key in references if key not in candidates]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"{len(missing)} of {len(references)} images have references but no caption, "
             f"{missing[0]!r} for one: caption every image, or leave out its references"
         )
     unknown = [key for key in candidates if key not in references]
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{len(unknown)} captions are of images without references, {unknown[0]!r} for one: "
             "leave them out, or check that both sides use the same image ids"
         )
     for key, captions in references.items():
         if isinstance(captions, str) or not len(captions):
-            raise ValueError(
+            raise UserError(
                 f"the references of image {key!r} must be a list of captions, got {captions!r}"
             )
     return list(references)
@@ -328,16 +329,16 @@ def _check_ids(
 
 def _check_references(references: Sequence[Sequence[Tokens]]) -> None:
     if not len(references):
-        raise ValueError("nothing to score: give at least one image with references")
+        raise UserError("nothing to score: give at least one image with references")
     for place, captions in enumerate(references):
         if not len(captions):
-            raise ValueError(f"image number {place} has no reference: give each at least one")
+            raise UserError(f"image number {place} has no reference: give each at least one")
 
 
 def _check_pairs(references: Sequence[Sequence[Tokens]], candidates: Sequence[Tokens]) -> None:
     _check_references(references)
     if len(references) != len(candidates):
-        raise ValueError(
+        raise UserError(
             f"{len(references)} images have references, but there are {len(candidates)} "
             "candidates: give one candidate per image, in the same order"
         )
@@ -392,7 +393,7 @@ def _meteor(wanted: dict, given: dict) -> float:
     except (OSError, ValueError) as error:
         scorer.meteor_p.kill()
         said = scorer.meteor_p.stderr.read().decode(errors="replace").strip().splitlines()
-        raise ValueError(
+        raise UserError(
             f"Java ended early ({said[-1] if said else 'it gave no answer'})"
         ) from error
     finally:
@@ -409,7 +410,7 @@ def _spice(wanted: dict, given: dict) -> float:
     folder = Path(importlib.util.find_spec("pycocoevalcap.spice").origin).parent / "lib"
     absent = [jar for jar in SPICE_JARS if not (folder / jar).is_file()]
     if absent:
-        raise ValueError(
+        raise UserError(
             f"{' and '.join(absent)} missing in {folder}; both are in Stanford's "
             "stanford-corenlp-full-2015-12-09.zip (385 MB), to be put there by hand"
         )

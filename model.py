@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import files
-from dataset import Vocabulary
-from decoder import DecoderConfig, Taught, build_decoder
-from decoding import START, Ensemble
+from decoder import DecoderConfig, DecoderOutput, build_decoder
+from decoding import Ensemble
 from encoder import TRANSFORM, Encoder, EncoderConfig, backbone, fingerprint
+from util import files
+from util.files import UserError
+from vocabulary import START, Vocabulary
 
 FORMAT = "image-captioning 2"
 MAX_HEADER = 10_000_000  # bytes: room for half a million words
@@ -43,22 +44,22 @@ class CaptionModel(nn.Module):
             positions=count_positions(encoder, img_size),
         )
 
-    def remember(self, inputs: Tensor) -> Tensor:
+    def encode(self, inputs: Tensor) -> Tensor:
         """Return memory of `inputs`: pixels (B, 3, H, W), or cached features (B, S, C)."""
         features = self.encoder(inputs) if inputs.dim() == 4 else inputs
-        return self.decoder.remember(features.to(next(self.decoder.parameters()).dtype))
+        return self.decoder.encode(features.to(next(self.decoder.parameters()).dtype))
 
     @property
-    def views(self) -> list[tuple[Encoder, int]]:
+    def encoders(self) -> list[tuple[Encoder, int]]:
         """Return what `remember` takes: one encoder's view, at this model's image size."""
         return [(self.encoder, self.img_size)]
 
-    def forward(self, inputs: Tensor, tokens: Tensor, owner: Tensor) -> Taught:
+    def forward(self, inputs: Tensor, tokens: Tensor, owner: Tensor) -> DecoderOutput:
         """Return logits (M, T-1, V) of `tokens` (M, T), caption m being of image `owner[m]`."""
-        return self.decoder(self.remember(inputs), tokens, owner)
+        return self.decoder(self.encode(inputs), tokens, owner)
 
     @torch.no_grad()
-    def look(self, memory: Tensor, tokens: Tensor) -> Tensor | None:
+    def attention_maps(self, memory: Tensor, tokens: Tensor) -> Tensor | None:
         """Return where each word of captions looked, (B, n, T, rows, columns), or None.
 
         `tokens` (B, n, T) are captions as decoding returns them of images with `memory` (B, S, D).
@@ -74,7 +75,7 @@ class CaptionModel(nn.Module):
             return None
         return where.view(batch, count, length, side, side)
 
-    def learned(self) -> Iterator[tuple[str, Tensor]]:
+    def trainable_state(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what training changes of the state dict: all but the encoder's frozen part."""
         for name, tensor in self.state_dict().items():
             part = name.removeprefix("encoder.cnn.")
@@ -123,7 +124,7 @@ class CaptionModel(nn.Module):
                 model = cls._described(about)
         except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             reason = str(error).split("\n")[0][:300]
-            raise ValueError(
+            raise UserError(
                 f"{path} does not describe a model that this version can build ({reason}); use the "
                 "version of the project that wrote it"
             ) from error
@@ -133,11 +134,11 @@ class CaptionModel(nn.Module):
         _, tensors = read_checkpoint(path)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() != wanted[name].is_floating_point():
-                raise ValueError(f"{path} is damaged: {name} holds {tensor.dtype}")
+                raise UserError(f"{path} is damaged: {name} holds {tensor.dtype}")
             # Copied: the file's tensors lie at odd addresses, which slows every product.
             tensors[name] = tensor.to(wanted[name].dtype, copy=True)
             if not tensors[name].isfinite().all():
-                raise ValueError(f"{path} is damaged: {name} holds infinity or NaN")
+                raise UserError(f"{path} is damaged: {name} holds infinity or NaN")
         model.load_state_dict(tensors, assign=True)
         return model.to(device).to(memory_format=torch.channels_last).eval()
 
@@ -146,7 +147,7 @@ class CaptionModel(nn.Module):
         """Return the model that a file's header describes, its weights random."""
         stored = dict(about["model"])
         if (transform := stored.pop("transform")) != TRANSFORM:
-            raise ValueError(f"image transform {transform!r} is not known, only {TRANSFORM!r}")
+            raise UserError(f"image transform {transform!r} is not known, only {TRANSFORM!r}")
         name, trained = stored.pop("cnn_backbone"), stored.pop("cnn_trained")
         img_size, grid = stored.pop("img_size"), stored.pop("grid", None)
         EncoderConfig(name, img_size=img_size, grid=grid)  # finds what is out of range
@@ -154,7 +155,7 @@ class CaptionModel(nn.Module):
         if not isinstance(known, list) or not all(
             isinstance(word, str) and word.isprintable() for word in known
         ):  # words go to terminals, which obey control characters
-            raise ValueError("its vocabulary is not a list of words")
+            raise UserError("its vocabulary is not a list of words")
         return cls(Encoder(name, trained, grid), config, Vocabulary(known), img_size)
 
 
@@ -174,7 +175,7 @@ class ModelEnsemble(nn.Module):
         """Raises ValueError where the vocabularies differ."""
         super().__init__()
         if any(model.vocabulary != models[0].vocabulary for model in models):
-            raise ValueError("the models of an ensemble must have one vocabulary")
+            raise UserError("the models of an ensemble must have one vocabulary")
         self.models = nn.ModuleList(models)
         self.vocabulary = models[0].vocabulary
         longest = min(model.config.seq_len for model in models)
@@ -182,19 +183,19 @@ class ModelEnsemble(nn.Module):
         self.decoder = Ensemble([model.decoder for model in models])
         sights = [(fingerprint(m.encoder), m.encoder.grid, m.img_size) for m in models]
         kinds = list(dict.fromkeys(sights))
-        self.views = [models[sights.index(kind)].views[0] for kind in kinds]
+        self.encoders = [models[sights.index(kind)].encoders[0] for kind in kinds]
         self.seen_by = [kinds.index(sight) for sight in sights]  # each model's view
 
-    def remember(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Return each model's memory, of pixels or features for each of `views`."""
+    def encode(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Return each model's memory, of pixels or features for each of `encoders`."""
         features = [
             encoder(given) if given.dim() == 4 else given
-            for (encoder, _), given in zip(self.views, inputs, strict=True)
+            for (encoder, _), given in zip(self.encoders, inputs, strict=True)
         ]
         pairs = zip(self.models, self.seen_by, strict=True)
-        return tuple(model.remember(features[view]) for model, view in pairs)
+        return tuple(model.encode(features[view]) for model, view in pairs)
 
-    def look(self, memory: tuple[Tensor, ...], tokens: Tensor) -> None:
+    def attention_maps(self, memory: tuple[Tensor, ...], tokens: Tensor) -> None:
         """Return None: what several models looked at is not one thing."""
 
 
@@ -213,7 +214,7 @@ def mean_model(models: Sequence[CaptionModel]) -> CaptionModel:
 
     for each in others:
         if made_of(each) != made_of(first):
-            raise ValueError("models that are averaged must have the same sizes and the same words")
+            raise UserError("models that are averaged must have the same sizes and the same words")
     states = [each.state_dict() for each in models]
     mean = {
         name: torch.stack([state[name] for state in states]).mean(0)
@@ -232,11 +233,11 @@ def load_models(
     Raises ValueError naming two checkpoints whose vocabularies differ.
     """
     if not paths:
-        raise ValueError("no checkpoint was named; give a model file or the folder of a run")
+        raise UserError("no checkpoint was named; give a model file or the folder of a run")
     models = [CaptionModel.load(path, device) for path in paths]
     for path, model in zip(paths, models, strict=True):
         if model.vocabulary != models[0].vocabulary:
-            raise ValueError(
+            raise UserError(
                 f"{paths[0]} and {path} have different vocabularies "
                 f"({len(models[0].vocabulary)} and {len(model.vocabulary)} words), but an ensemble "
                 "needs one; train its models on the same captions with the same --min-count"
@@ -256,7 +257,7 @@ def count_positions(encoder: Encoder, img_size: int) -> int:
             features = encoder.eval()(torch.zeros(1, 3, img_size, img_size, device=device))
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise UserError(
             f"--img-size {img_size} does not fit the CNN {encoder.name} ({reason}); its own size "
             f"is {backbone(encoder.name).img_size}"
         ) from error
@@ -309,14 +310,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
         said = str(header.get("format"))[:60]
         if said != json.dumps(FORMAT):  # other programs' needn't be JSON
-            raise ValueError(
+            raise UserError(
                 f"{path} is not a captioning model of this version: its header has the format "
                 f"{said}, expected {json.dumps(FORMAT)}; train it anew, or use "
                 "the version of the project that wrote it"
             )
         about = {key: json.loads(value) for key, value in header.items()}
     except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not a model file, or is cut short ({error}); expected a .safetensors "
             "file written by train.py"
         ) from error
@@ -338,4 +339,4 @@ def check_shapes(
         reason = f"{name} has shape {found[name]}, expected {wanted[name]}"
     else:
         return
-    raise ValueError(f"{path} has other weights than it says: {reason}")
+    raise UserError(f"{path} has other weights than it says: {reason}")

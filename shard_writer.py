@@ -19,19 +19,20 @@ from typing import Literal
 import numpy as np
 from tqdm import tqdm
 
-import files
-from images import EXTENSIONS, read_image
-from layouts import DATASETS, load_split
-from records import (
-    SPLITS,
+from readers import (
+    DATASETS,
     UNREADABLE,
     Record,
     Records,
     SplitMissingError,
-    leave_out,
+    load_split,
+    report_left_out,
     shuffled,
 )
-from shards import FORMAT, INDEX, VERSION, Index, Shard, read_index
+from shards import FORMAT, INDEX, SPLITS, VERSION, Index, Shard, read_index
+from util import files
+from util.files import UserError
+from util.images import EXTENSIONS, read_image
 
 PLAN = "unfinished.json"  # what is being written, until there is an index
 
@@ -60,7 +61,9 @@ def write_shards(
         written = {}
         for split, records in packed.items():
             lost = _write_split(folder, split, records, shard_size, workers)
-            leave_out([records[place].image_id for place in lost], len(records), "can't be read")
+            report_left_out(
+                [records[place].image_id for place in lost], len(records), "can't be read"
+            )
             written[split] = _write_list(folder, split, records, shard_size, lost)
         about = {
             "format": FORMAT,
@@ -110,13 +113,13 @@ def _is_written(folder: Path, fingerprint: str) -> bool:
         if (folder / name).exists():
             found = files.read_json(folder / name)
             if not isinstance(found, dict) or found.get("fingerprint") != fingerprint:
-                raise ValueError(
+                raise UserError(
                     f"{folder} holds shards of other data, or of another --shard-size or --seed; "
                     "name another folder, or delete them"
                 )
             return name == INDEX
     if any(folder.glob("*.tar")):
-        raise ValueError(f"{folder} holds tar files of somebody else; name another folder")
+        raise UserError(f"{folder} holds tar files of somebody else; name another folder")
     files.write_json(folder / PLAN, {"fingerprint": fingerprint})
     return False
 
@@ -245,7 +248,7 @@ class Config:
         for name in ("shard_size", "limit", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 def read_splits(config: Config) -> dict[str, Sequence[Record]]:

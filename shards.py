@@ -14,19 +14,17 @@ import gzip
 import io
 import json
 import logging
-import os
 import re
-import shutil
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from tqdm import tqdm
+from util.files import UserError
 
-import files
-from records import SPLITS, Records, leave_out, missing_split
+SPLITS = ("train", "val", "test")
+
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ def read_index(root: str) -> Index:
     try:
         about = json.loads(text)
         if about["format"] != FORMAT or about["version"] != VERSION:
-            raise ValueError(f"format {about['format']!r}, version {about['version']!r}")
+            raise UserError(f"format {about['format']!r}, version {about['version']!r}")
         splits = {
             split: [_shard(each) for each in about["splits"][split]["shards"]]
             for split in SPLITS
@@ -80,7 +78,7 @@ def read_index(root: str) -> Index:
         }
         return Index(str(about["dataset"]), str(about["fingerprint"]), splits)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{where} is not an index of shards as features.py --shards writes it "
             f"({type(error).__name__}: {str(error)[:100]})"
         ) from error
@@ -91,32 +89,8 @@ def _shard(about: Any) -> Shard:
     if not NAME.fullmatch(shard.name) or not all(
         type(count) is int and 0 <= count < 2**40 for count in shard[1:]
     ):
-        raise ValueError(f"the shard {str(shard)[:60]}")
+        raise UserError(f"the shard {str(shard)[:60]}")
     return shard
-
-
-def listed(root: str, split: str) -> Records:
-    """Return ids and captions of a split's images, shard after shard, from its list alone.
-
-    The `path` of each is shard / name in it: not a file, but where it comes from.
-    """
-    index = read_index(root)
-    shards = index.splits.get(split)
-    if not shards:
-        raise missing_split(Path(root), split, list(index.splits))
-    name = f"{split}.jsonl.gz"
-    rows, records = _rows(root, name), Records()
-    for shard in shards:
-        folder = Path(shard.name)
-        for _ in range(shard.images):
-            row = next(rows, None)
-            if row is None:
-                raise ValueError(f"{place_of(root, name)} has fewer images than {INDEX} says")
-            file, image_id, captions = row
-            records.add(image_id, folder, file, captions)
-    if next(rows, None) is not None:
-        raise ValueError(f"{place_of(root, name)} has more images than {INDEX} says")
-    return records.pack()
 
 
 def _rows(root: str, name: str) -> Iterator[tuple[str, str | int, list[str]]]:
@@ -131,7 +105,7 @@ def _rows(root: str, name: str) -> Iterator[tuple[str, str | int, list[str]]]:
                 yield file, image_id, captions
             check_whole(stream, where)
     except DAMAGED as error:
-        raise ValueError(
+        raise UserError(
             f"{where} is not a list of captions as features.py --shards writes it, or damaged "
             f"(after row {number}: {str(error)[:100]})"
         ) from error
@@ -140,13 +114,13 @@ def _rows(root: str, name: str) -> Iterator[tuple[str, str | int, list[str]]]:
 def _check_row(file: Any, image_id: Any, captions: Any, kind: type) -> None:
     """Raise ValueError where a row is not what `_write_list` writes; all ids are of one `kind`."""
     if not (isinstance(file, str) and NAME.fullmatch(file)):
-        raise ValueError(f"the name {str(file)[:60]!r}")
+        raise UserError(f"the name {str(file)[:60]!r}")
     whole = kind is int and -(2**63) <= image_id < 2**63
     if type(image_id) is not kind or not (kind is str or whole):
-        raise ValueError(f"the image id {str(image_id)[:60]!r}")
+        raise UserError(f"the image id {str(image_id)[:60]!r}")
     texts = isinstance(captions, list) and all(isinstance(line, str) for line in captions)
     if not captions or not texts:
-        raise ValueError(f"the captions {str(captions)[:60]}")
+        raise UserError(f"the captions {str(captions)[:60]}")
 
 
 class _Seekless(io.RawIOBase):
@@ -155,7 +129,7 @@ class _Seekless(io.RawIOBase):
     def __init__(self, stream: Any):
         self.stream = stream
 
-    def readable(self) -> bool:
+    def keep_readable(self) -> bool:
         return True
 
     def read(self, size: int = -1) -> bytes:
@@ -198,7 +172,7 @@ def place_of(root: str, name: str) -> str:
     if "{}" in root:
         return root.replace("{}", name)
     if root.startswith("pipe:"):
-        raise ValueError(
+        raise UserError(
             f"--data-dir {root!r} is a command that names no file; put {{}} where the name of an "
             "index, list or shard goes"
         )
@@ -225,7 +199,7 @@ def _gopen(where: str) -> Any:
     try:
         import webdataset
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"{where} is read by the library webdataset, which is not installed: pip install -r "
             "requirements-shards.txt (shards in a folder need none)"
         ) from error
@@ -246,45 +220,3 @@ def _unreachable(where: str, stream: Any) -> OSError:
 
 
 # ---- small splits ----------------------------------------------------------------------------
-
-
-def unpacked(root: str, split: str, folder: Path) -> Records:
-    """Return the records of a split, its images unpacked into `folder` the first time."""
-    index = read_index(root)
-    records = listed(root, split)
-    place = folder / f"shards-{index.fingerprint[:16]}-{split}"
-    place = place.with_name(re.sub(r"[^A-Za-z0-9-]", "", place.name))  # an index may be anybody's
-    with files.lock(place.with_suffix(".lock")):
-        if not place.is_dir():
-            _unpack(root, index.splits[split], records, place)
-    there = set(os.listdir(place))
-    made, lost = Records(), []
-    for image_id, path, captions in records:
-        if path.name in there:
-            made.add(image_id, place, path.name, captions)
-        else:
-            lost.append(image_id)
-    try:
-        leave_out(lost, len(records), f"of the {split} split are missing in their shards")
-    except ValueError:
-        shutil.rmtree(place)  # repaired shards are unpacked anew
-        raise
-    return made.pack()
-
-
-def _unpack(root: str, shards: Sequence[Shard], records: Records, place: Path) -> None:
-    part, start = place.with_suffix(".part"), 0
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    bar = tqdm(total=len(records), desc=f"unpacking {place.name}", unit=" images", disable=None)
-    try:
-        with bar:
-            for shard in shards:
-                names = [record.path.name for record in records[start : start + shard.images]]
-                for name, content in samples(root, shard.name, {name: name for name in names}):
-                    (part / name).write_bytes(content)
-                    bar.update()
-                start += shard.images
-        part.replace(place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # a full disk is not left full

@@ -21,10 +21,12 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 import shards
-from dataset import Batch, CaptionDataset, Loader, collate_fn, mix
-from decoding import END, START
-from images import read_image
-from records import MAX_LEFT_OUT, UNREADABLE, leave_out
+from dataset import Batch, CaptionDataset, Loader, collate_fn
+from readers import MAX_LEFT_OUT, UNREADABLE, report_left_out
+from util.files import UserError
+from util.images import read_image
+from util.seeding import seeded_generator
+from vocabulary import END, START
 
 BUFFER = 1000  # images, as files, that are mixed: some 100 MB of photographs
 AHEAD = 2  # batches in the making beside the next
@@ -56,7 +58,7 @@ def segments(
     total, starts = sum(counts), np.cumsum([0, *counts]).tolist()
     low = sum(share(total, other, world) for other in range(rank))
     high = low + share(total, rank, world)
-    order = torch.randperm(len(counts), generator=chance("shards", seed, epoch)).tolist()
+    order = torch.randperm(len(counts), generator=seeded_generator("shards", seed, epoch)).tolist()
     parts, before = [], 0
     for shard in order:
         first, last = max(low - before, 0), min(high - before, counts[shard])
@@ -64,10 +66,6 @@ def segments(
             parts.append(Segment(shard, starts[shard] + first, starts[shard] + last))
         before += counts[shard]
     return parts
-
-
-def chance(*parts: int | str) -> torch.Generator:
-    return torch.Generator().manual_seed(mix(*parts))
 
 
 def mixed(rows: np.ndarray, generator: torch.Generator, size: int = BUFFER) -> np.ndarray:
@@ -120,7 +118,7 @@ class ShardStream(IterableDataset):
         self.lock = threading.Lock()
         try:
             yield from self._decoded()
-            leave_out(self.lost, self.total, "of the shards can't be read")
+            report_left_out(self.lost, self.total, "of the shards can't be read")
         except (ValueError, OSError) as error:
             yield error
 
@@ -160,7 +158,7 @@ class ShardStream(IterableDataset):
         good = [item for item in made if isinstance(item, tuple)]
         self.lost += [str(item) for item in made if not isinstance(item, tuple)]
         if len(self.lost) > MAX_LEFT_OUT * self.total:
-            leave_out(self.lost, self.total, "of the shards can't be read")
+            report_left_out(self.lost, self.total, "of the shards can't be read")
         return collate_fn(good or [self._nothing()])
 
     def _nothing(self) -> tuple:
@@ -231,13 +229,13 @@ def stream_loader(
 ) -> StreamLoader:
     """Return the batches of an epoch of the train shards, as `dataset.get_loader` does of files.
 
-    The dataset's records are those that `shards.listed` gives, or the first of them. A process has
+    The dataset's records are those that `readers.listed` gives, or the first of them. A process has
     its share of each batch of `batch_size` images, in `accumulate` parts; `skip` leaves out that
     many batches at the start. One process reads, and decodes with `workers` threads; neither
     changes what is read when.
     """
     if batch_size < 1:
-        raise ValueError(f"batch size {batch_size} must be at least 1")
+        raise UserError(f"batch size {batch_size} must be at least 1")
     every = shards.read_index(root).splits["train"]
     starts = np.cumsum([0, *(shard.images for shard in every)]).tolist()
     counts = [
@@ -247,7 +245,7 @@ def stream_loader(
     total = sum(counts)
     parts = segments(counts, seed=seed, epoch=epoch, rank=rank, world=world)
     rows = [np.arange(start, stop) for _, start, stop in parts] or [np.empty(0, np.int64)]
-    rows = mixed(np.concatenate(rows), chance("buffer", seed, epoch, rank, world))
+    rows = mixed(np.concatenate(rows), seeded_generator("buffer", seed, epoch, rank, world))
     shares = cut(rows, total, batch_size, rank, world)[skip:]
     batches = [own[part::accumulate] for own in shares for part in range(accumulate)]
     stream = ShardStream(

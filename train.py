@@ -16,24 +16,25 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import distributed
-import files
-import plots
-import shards
-from dataset import CaptionDataset, DataConfig, Vocabulary, get_loader
+import readers
+from config import Config, DataConfig, configure, flat
+from dataset import CaptionDataset, get_loader
+from decoding import DecodingConfig
 from encoder import Encoder, backbone, build_encoder, image_transform
 from evaluate import print_scores, score_split
 from features import FeatureCache, cached_features
-from generation import DecodingConfig, pick_device
-from images import read_image
-from layouts import data_folder, load_split
+from losses import Rewards
 from model import CaptionModel, checkpoint_file, read_checkpoint
-from records import Record, Records, SplitMissingError, readable
-from rewards import Rewards
-from runs import Interrupts, StoppedError, load_state, run_folder, save_state
-from settings import Config, configure, flat
+from readers import Record, Records, SplitMissingError, data_folder, keep_readable, load_split
 from streaming import stream_loader
 from trainer import Trainer
+from util import distributed, files, plots
+from util.checkpoints import load_state, run_folder, save_state
+from util.distributed import pick_device
+from util.files import UserError
+from util.images import read_image
+from util.signals import Interrupts, StoppedError
+from vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +68,10 @@ def load_records(config: DataConfig, split: str) -> Sequence[Record]:
     """Return a split's records; of shards to learn from only the captions, images are streamed."""
     if split == "train" and config.dataset == "shards":
         if config.views > 1:
-            raise ValueError(
+            raise UserError(
                 f"--views {config.views} is for a feature cache, and shards are read without one"
             )
-        return shards.listed(str(data_folder(config.dataset, config.data_dir)), split)
+        return readers.listed(str(data_folder(config.dataset, config.data_dir)), split)
     where = (config.dataset, config.data_dir, split, config.split_seed)
     return load_split(*where, cache_dir=config.cache_dir)
 
@@ -95,7 +96,7 @@ def build(config: Config, data: dict[str, Sequence[Record]]) -> tuple[CaptionMod
             caches[split] = split_cache(split, records, encoder, img_size, config, device)
             data[split] = Records.of(records).keep(caches[split])
         else:
-            data[split] = readable(records)
+            data[split] = keep_readable(records)
     # The same start for the decoder, whatever the encoder's construction drew.
     torch.manual_seed(config.train.seed)
     model = CaptionModel(encoder, config.decoder, vocabulary, img_size)
@@ -141,13 +142,14 @@ def split_cache(
         amp=config.train.amp and learned_from,
         views=config.data.views if learned_from else 1,
         rank=distributed.rank(),
-        world=distributed.world(),
+        world=distributed.world_size(),
     )
 
 
 def train(config: Config) -> dict[str, Any]:
     """Train, validate and save as the flags say; return the scores by split."""
-    with run_folder(config) as folder:
+    output, resume = config.train.output, config.train.resume
+    with run_folder(output, config.data.dataset, resume=resume) as folder:
         records = load_data(config.data)
         if not config.train.resume:  # before hours of encoding, after which a --resume goes on
             write_flags(folder, config)
@@ -236,7 +238,7 @@ def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interr
         "workers": 0 if cache is not None else config.data.workers,
         "accumulate": config.train.accumulate,
         "rank": distributed.rank(),
-        "world": distributed.world(),
+        "world": distributed.world_size(),
     }
     if config.data.dataset == "shards":
         root = str(data_folder("shards", config.data.data_dir))
@@ -250,7 +252,7 @@ def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interr
     total = len(loader) // config.train.accumulate
     bar = tqdm(steps, desc=name, total=total, unit=" steps", disable=None, leave=False)
     try:
-        for parts in interrupts.heed(bar):
+        for parts in interrupts.stop_between(bar):
             trainer.step(*parts)
     finally:
         trainer.seconds += time.perf_counter() - began
@@ -283,10 +285,10 @@ def finish_epoch(
                 data.records["val"],
                 VALIDATION,
                 data.caches.get("val"),
-                interrupts.heed_alone,
+                interrupts.stop_between_alone,
             )
             row |= {"val_loss": scores.pop("loss")} | {name: scores.get(name) for name in SHOWN}
-        row = distributed.shared(row)  # the scores are the main process's
+        row = distributed.broadcast(row)  # the scores are the main process's
         if distributed.is_main():
             if "val" in data.records:
                 page = folder / "samples" / f"epoch-{row['epoch']:02}.png"
@@ -358,7 +360,7 @@ def finish(
             continue
         records = data.records[split]
         scores, captions = score_split(
-            model, records, DecodingConfig(), data.caches.get(split), interrupts.heed_alone
+            model, records, DecodingConfig(), data.caches.get(split), interrupts.stop_between_alone
         )
         report[split] = {**scores, "images": len(records), "decoding": asdict(DecodingConfig())}
         if distributed.is_main():

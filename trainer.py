@@ -6,126 +6,29 @@ T words · M captions in a batch
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-import distributed
-from dataset import Batch, mix
-from decoding import PAD, START, bounded, sample
+from config import TrainConfig
+from dataset import Batch
+from decoding import bounded, sample
 from encoder import fingerprint, multiplies_bfloat16
-from layers import Dropout, moved
-from losses import cross_entropy, self_critical, unlooked
+from losses import Rewards, attention_penalty, cross_entropy, leave_one_out, self_critical
 from model import CaptionModel
-from rewards import Rewards, leave_one_out
+from util import distributed
+from util.files import UserError
+from util.layers import Dropout, to_device
+from util.seeding import derive_seed
+from vocabulary import PAD, START
 
-# Steps between two looks at the losses: a GPU is waited for at each.
+# StepDecoder between two looks at the losses: a GPU is waited for at each.
 CHECK_EVERY = 50
-# What AdamW makes of a rate must be a float32. Weights are no numbers long before that.
-MOST_RATE = 1e30
-MOST_SAMPLES = 1000  # of one image, which bounds the memory it takes
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """How the weights change."""
-
-    epochs: int = 10
-    """Passes over the training images."""
-    batch_size: int = 32
-    """Images a step, each with all its captions; several processes share them."""
-    accumulate: int = 1
-    """Parts that a process works through its share of a step in, to take less memory."""
-    scst_epochs: int = 0
-    """After these, passes that make sampled captions with a high CIDEr-D likelier (self-critical
-    training), from the best model so far."""
-    lr: float = 6e-4
-    """Peak learning rate of the decoder."""
-    scst_lr: float = 5e-5
-    """The same in self-critical training (the CNN's is lowered in proportion)."""
-    scst_samples: int = 5
-    """Captions drawn of an image; each is compared with the mean of the others."""
-    scst_bleu: float = 0.0
-    """Weight of BLEU-4 beside CIDEr-D in what they are rewarded for."""
-    cnn_lr: float = 1e-5
-    """Peak learning rate of the CNN's last stages (--finetune-cnn)."""
-    warmup: float = 0.05
-    """Share of the steps in which the learning rate rises; it falls to 0 as a cosine after."""
-    weight_decay: float = 0.01
-    """AdamW's decay of weight matrices."""
-    label_smoothing: float = 0.1
-    """Share of the target spread over all words."""
-    attention_penalty: float = 1.0
-    """Weight of the penalty for parts of the image not looked at (attention-lstm)."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient (0: no limit)."""
-    ema: float = 0.998
-    """Decay of the average of weights that is evaluated and saved (0: no average); in
-    self-critical training all weights since its beginning count alike."""
-    patience: int = 5
-    """Stop after this many epochs without a better validation CIDEr (0: never)."""
-    seed: int = 0
-    """Seed of weights, order, dropout and augmentation."""
-    output: Path | None = None
-    """Folder of the run (default: runs/DATASET, with a number if that is taken)."""
-    init_from: Path | None = None
-    """Begin with the weights, words and sizes of this model: a model file, or a run's folder."""
-    resume: bool = False
-    """Go on with the run in --output where it stopped, with its flags."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    amp: bool = True
-    """Mixed precision (bfloat16) where the device is made for it: GPUs, CPUs with AVX512-BF16."""
-    compile: bool = False
-    """Compile the model first (torch.compile): a minute or more, then faster steps on a GPU."""
-
-    def __post_init__(self) -> None:
-        least = {"epochs": 0, "batch_size": 1, "accumulate": 1, "scst_epochs": 0,
-                 "scst_samples": 2, "scst_bleu": 0, "grad_clip": 0, "weight_decay": 0,
-                 "patience": 0}  # fmt: skip
-        for name, low in least.items():
-            if not getattr(self, name) >= low:  # false for NaN too
-                raise ValueError(f"{_flag(name)} {getattr(self, name)} must be at least {low}")
-        for name in ("weight_decay", "scst_bleu", "attention_penalty"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(
-                    f"{_flag(name)} {getattr(self, name)} must be at least 0 and finite"
-                )
-        if self.scst_samples > MOST_SAMPLES:
-            raise ValueError(f"--scst-samples {self.scst_samples} must be at most {MOST_SAMPLES:,}")
-        self._check_rates()
-        if not self.epochs and not (self.scst_epochs and (self.init_from or self.resume)):
-            raise ValueError(
-                "--epochs 0 leaves nothing to train; it is for --scst-epochs with --init-from"
-            )
-        for name in ("warmup", "label_smoothing", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"{_flag(name)} {getattr(self, name)} must be at least 0 and below 1"
-                )
-
-    def _check_rates(self) -> None:
-        for name in ("lr", "cnn_lr", "scst_lr"):
-            if not 0 < getattr(self, name) <= MOST_RATE:
-                raise ValueError(
-                    f"{_flag(name)} {getattr(self, name)} must be above 0 and at most {MOST_RATE:g}"
-                )
-        if self.scst_epochs and self.cnn_lr * (self.scst_lr / self.lr) > MOST_RATE:
-            raise ValueError(
-                f"--cnn-lr {self.cnn_lr} times --scst-lr {self.scst_lr} / --lr {self.lr} must be "
-                f"at most {MOST_RATE:g}: it is the CNN's learning rate in self-critical training"
-            )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-class Lesson(NamedTuple):
+class TrainBatch(NamedTuple):
     """What a part of a step reads by teacher forcing: captions by people, or by the model itself.
 
     `inputs` and `owner` as in `Batch`, `tokens` (M, T); `advantage` (M,) of the model's own ones
@@ -180,7 +83,7 @@ class Trainer:
         self.critical = critical
         self.first_step, self.first_epoch = self.step_number, self.epoch
         self.optimizer = self.new_optimizer()
-        self.average = {name: tensor.clone() for name, tensor in self.model.learned()}
+        self.average = {name: tensor.clone() for name, tensor in self.model.trainable_state()}
 
     def forget(self) -> None:
         """Begin an epoch's counts and sums anew."""
@@ -232,9 +135,9 @@ class Trainer:
     def step(self, *parts: Batch) -> None:
         """Learn from one batch, given whole or in parts whose gradients are summed."""
         rank = distributed.rank()
-        torch.manual_seed(mix(self.config.seed, self.step_number, *[rank] * (rank > 0)))
+        torch.manual_seed(derive_seed(self.config.seed, self.step_number, *[rank] * (rank > 0)))
         lessons = [self.drawn(part) if self.critical else self.taught(part) for part in parts]
-        words, captions = distributed.total(
+        words, captions = distributed.all_reduce_sum(
             [sum(each.words for each in lessons), sum(each.captions for each in lessons)]
         )
         for group in self.optimizer.param_groups:
@@ -257,14 +160,14 @@ class Trainer:
         self.update_average()
         self.words += int(words)
 
-    def learn(self, lesson: Lesson, words: float, captions: float, last: bool) -> Tensor:
+    def learn(self, lesson: TrainBatch, words: float, captions: float, last: bool) -> Tensor:
         """Add a lesson's gradients to the weights'; return its share of the objective.
 
         Of `words` and `captions` in the whole batch. Processes add theirs up at the `last` lesson.
         """
-        alone = distributed.world() == 1
+        alone = distributed.world_size() == 1
         with contextlib.nullcontext() if last or alone else self.net.no_sync():
-            inputs = moved(lesson.inputs, self.device)
+            inputs = to_device(lesson.inputs, self.device)
             with self.mixed():
                 logits, attention = self.net(inputs, lesson.tokens, lesson.owner)
             if lesson.advantage is None:
@@ -275,8 +178,10 @@ class Trainer:
             objective = loss.objective / words * lesson.counts
             if attention is not None and lesson.advantage is None:
                 share = lesson.captions / captions
-                objective = objective + self.config.attention_penalty * share * unlooked(attention)
-            (objective * distributed.world()).backward()
+                objective = objective + self.config.attention_penalty * share * attention_penalty(
+                    attention
+                )
+            (objective * distributed.world_size()).backward()
         self.nll += loss.nll * lesson.counts
         return objective.detach()
 
@@ -297,7 +202,7 @@ class Trainer:
             if not math.isfinite(loss + norm):
                 name, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
                 rate = "--scst-lr" if self.critical else "--lr"
-                raise ValueError(
+                raise UserError(
                     f"the {name} became {value} at {where}: training stops, and what was saved "
                     f"before is kept; go on from there with --resume and a lower {rate}"
                 )
@@ -307,12 +212,12 @@ class Trainer:
         wanted = self.config.amp and multiplies_bfloat16(self.device)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=wanted)
 
-    def taught(self, batch: Batch) -> Lesson:
+    def taught(self, batch: Batch) -> TrainBatch:
         """Return the captions that people gave the images."""
         self.model.train()
-        return Lesson(batch.inputs, batch.tokens, batch.owner, counts=bool(batch.image_ids))
+        return TrainBatch(batch.inputs, batch.tokens, batch.owner, counts=bool(batch.image_ids))
 
-    def drawn(self, batch: Batch) -> Lesson:
+    def drawn(self, batch: Batch) -> TrainBatch:
         """Return captions drawn from the model itself, with their advantage.
 
         They are drawn without gradients and read again by teacher forcing, both without dropout,
@@ -323,7 +228,7 @@ class Trainer:
         with torch.no_grad(), self.mixed():
             drawn = sample(
                 self.model.decoder,
-                self.model.remember(moved(batch.inputs, self.device)),
+                self.model.encode(to_device(batch.inputs, self.device)),
                 max_words=self.model.config.seq_len,
                 n=count,
             ).tokens
@@ -340,7 +245,7 @@ class Trainer:
         self.baselines += float(baseline.sum())
         self.samples += rewards.numel()
         advantage = advantage.to(self.device)
-        return Lesson(batch.inputs, tokens, owner, advantage, bool(batch.image_ids))
+        return TrainBatch(batch.inputs, tokens, owner, advantage, bool(batch.image_ids))
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -352,7 +257,7 @@ class Trainer:
         done = self.step_number - self.first_step
         slow = min(self.config.ema, (1 + done) / (10 + done))
         decay = done / (done + 1) if self.critical else slow
-        for name, tensor in self.model.learned():
+        for name, tensor in self.model.trainable_state():
             if self.config.ema and tensor.is_floating_point():
                 self.average[name].lerp_(tensor, 1 - decay)
             else:
@@ -361,7 +266,7 @@ class Trainer:
     @contextlib.contextmanager
     def averaged(self) -> Iterator[CaptionModel]:
         """Lend the model with the average of weights in it, in eval mode."""
-        own = {name: tensor.clone() for name, tensor in self.model.learned()}
+        own = {name: tensor.clone() for name, tensor in self.model.trainable_state()}
         self.model.load_state_dict(self.average, strict=False)
         self.model.eval()
         try:
@@ -376,7 +281,7 @@ class Trainer:
         """
         self.check()
         return {
-            "weights": dict(self.model.learned()),
+            "weights": dict(self.model.trainable_state()),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "encoder": fingerprint(self.model.encoder) if self.frozen() else None,
@@ -387,7 +292,7 @@ class Trainer:
     def sums(self) -> dict[str, float]:
         """Return the sums of the epoch so far over all processes."""
         own = [float(self.nll), *(getattr(self, name) for name in self.SUMS)]
-        return dict(zip(("nll", *self.SUMS), distributed.total(own), strict=True))
+        return dict(zip(("nll", *self.SUMS), distributed.all_reduce_sum(own), strict=True))
 
     def frozen(self) -> bool:
         return self.model.encoder.trained == "none"
@@ -395,13 +300,13 @@ class Trainer:
     def load(self, state: dict[str, Any]) -> None:
         """Take over a `state`; ValueError where the frozen CNN is another."""
         if self.frozen() and state["encoder"] != fingerprint(self.model.encoder):
-            raise ValueError(
+            raise UserError(
                 f"the CNN's weights are {fingerprint(self.model.encoder)}, but the run began with "
                 f"{state['encoder']}; give the same --cnn-weights"
             )
-        learned = dict(self.model.learned())
+        learned = dict(self.model.trainable_state())
         if different := state["weights"].keys() ^ learned.keys():
-            raise ValueError(
+            raise UserError(
                 f"the run was begun by another version of the project ({min(different)} is only in "
                 "one of them); go on with that version, or start a new run"
             )
@@ -436,7 +341,7 @@ class Trainer:
 def spread(model: CaptionModel, compiled: bool) -> nn.Module:
     """Return what a step calls in the model's place: it adds up the gradients of all processes."""
     net: nn.Module = model
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     return compiled_net(net, model) if compiled else net
 
@@ -448,7 +353,7 @@ def compiled_net(net: nn.Module, model: CaptionModel) -> nn.Module:
         torch.compile(lambda x: x.sin() + x.cos())(one)
     except Exception as error:  # of many kinds, from as many tools
         reason = str(error).strip().split("\n")[0][:200]
-        raise ValueError(f"--compile does not work here ({reason}); leave it out") from error
+        raise UserError(f"--compile does not work here ({reason}); leave it out") from error
     return torch.compile(net, dynamic=True)
 
 

@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT))
 import rows as measured  # noqa: E402
 from machine import Machine  # noqa: E402
 
-import files  # noqa: E402
-from inference import pick_device  # noqa: E402
+from util import files  # noqa: E402
+from util.distributed import pick_device  # noqa: E402
 
 
 @dataclass(frozen=True)

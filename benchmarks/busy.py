@@ -15,16 +15,17 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from made_up import batch, vocabulary  # noqa: E402
+from synthetic import batch, vocabulary  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-import files  # noqa: E402
+from config import TrainConfig  # noqa: E402
 from decoder import DecoderConfig  # noqa: E402
 from encoder import Encoder  # noqa: E402
-from generation import pick_device  # noqa: E402
 from model import CaptionModel  # noqa: E402
-from trainer import TrainConfig, Trainer  # noqa: E402
+from trainer import Trainer  # noqa: E402
+from util import files  # noqa: E402
+from util.distributed import pick_device  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Config:
     images: tuple[int, ...] = (32, 128)
     """Images a step (--batch-size), one row each."""
     steps: int = 10
-    """Steps that are looked at, after three that are not."""
+    """StepDecoder that are looked at, after three that are not."""
     compile: bool = False
     """Compile the model first, as train.py --compile does."""
     json: Path | None = None

@@ -20,15 +20,15 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from made_up import captions, vocabulary  # noqa: E402
+from synthetic import captions, vocabulary  # noqa: E402
 
-import files  # noqa: E402
 from dataset import CaptionDataset, get_loader  # noqa: E402
 from decoder import DecoderConfig, build_decoder  # noqa: E402
 from decoding import beam_search  # noqa: E402
 from features import FeatureCache  # noqa: E402
 from losses import cross_entropy  # noqa: E402
-from records import Record  # noqa: E402
+from readers import Record  # noqa: E402
+from util import files  # noqa: E402
 
 POSITIONS, CHANNELS = 4, 64
 STEPS, DECODED = 30, 512  # training steps and images that are timed where images don't vary
@@ -113,7 +113,7 @@ def train(decoder: Any, dataset: CaptionDataset, images: int) -> float:
             if not images:
                 break
             continue
-        logits = decoder(decoder.remember(batch.inputs.float()), batch.tokens, batch.owner).logits
+        logits = decoder(decoder.encode(batch.inputs.float()), batch.tokens, batch.owner).logits
         loss = cross_entropy(logits, batch.tokens)
         optimizer.zero_grad()
         (loss.objective / loss.words).backward()
@@ -133,7 +133,7 @@ def speak(decoder: Any, dataset: CaptionDataset, point: Point) -> float:
         seen = torch.stack([dataset.features.get(dataset.records[row].image_id) for row in rows])
         beam_search(
             decoder,
-            decoder.remember(seen.float()),
+            decoder.encode(seen.float()),
             beam_size=point.beam,
             max_words=point.length,
             min_words=point.length,

@@ -17,12 +17,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from made_up import CHANNELS, MEAN_LENGTH, PER_IMAGE, POSITIONS, WORDS  # noqa: E402
+from synthetic import CHANNELS, MEAN_LENGTH, PER_IMAGE, POSITIONS, WORDS  # noqa: E402
 
-import files  # noqa: E402
 import train  # noqa: E402
 from decoder import DecoderConfig  # noqa: E402
 from encoder import multiplies_bfloat16  # noqa: E402
+from util import files  # noqa: E402
 
 RESNET50 = 4.09e9  # multiply-adds an image of 224 x 224 (torchvision's own count)
 STEPS = MEAN_LENGTH + 1  # words of a caption, with its end

@@ -21,15 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-from made_up import batch, vocabulary  # noqa: E402
+from synthetic import batch, vocabulary  # noqa: E402
 
-import distributed  # noqa: E402
-import files  # noqa: E402
+from config import TrainConfig  # noqa: E402
 from decoder import DecoderConfig  # noqa: E402
 from encoder import Encoder  # noqa: E402
-from generation import pick_device  # noqa: E402
 from model import CaptionModel  # noqa: E402
-from trainer import TrainConfig, Trainer  # noqa: E402
+from trainer import Trainer  # noqa: E402
+from util import distributed, files  # noqa: E402
+from util.distributed import pick_device  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Config:
     images: tuple[int, ...] = (32,)
     """Images a step (--batch-size), of all processes together."""
     steps: int = 10
-    """Steps that are timed; the median counts."""
+    """StepDecoder that are timed; the median counts."""
     device: str = "cpu"
     """auto, cpu, cuda."""
     json: Path | None = None
@@ -58,7 +58,7 @@ def measure(images: int, steps: int, device: str) -> dict[str, Any] | None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = CaptionModel(Encoder("resnet50"), DecoderConfig(), vocabulary(), 224).to(place)
-    share = len(distributed.share(range(images)))
+    share = len(distributed.split_by_rank(range(images)))
     one = batch(share, seed=distributed.rank())
     trainer = Trainer(model, TrainConfig(), steps_per_epoch=10**6)
     together = timed(lambda: trainer.step(one), steps, place)
@@ -72,8 +72,8 @@ def measure(images: int, steps: int, device: str) -> dict[str, Any] | None:
     peaks = distributed.gather(peak)
     if peaks is None:
         return None
-    rate = len(one.tokens) * distributed.world() / together
-    return {"processes": distributed.world(), "images": images, "step": 1000 * together,
+    rate = len(one.tokens) * distributed.world_size() / together
+    return {"processes": distributed.world_size(), "images": images, "step": 1000 * together,
             "own": 1000 * own, "exchange": 1000 * exchange, "rate": rate,
             "memory": max(peaks)}  # fmt: skip
 
@@ -91,19 +91,19 @@ def timed(work: Callable[[], Any], steps: int, device: torch.device) -> float:
 
 
 def add_up(weights: torch.Tensor) -> None:
-    if distributed.world() > 1:
+    if distributed.world_size() > 1:
         torch.distributed.all_reduce(weights)
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
     """While this lasts, a step tells nobody of its words either."""
-    total = distributed.total
-    distributed.total = lambda values: [float(value) for value in values]
+    total = distributed.all_reduce_sum
+    distributed.all_reduce_sum = lambda values: [float(value) for value in values]
     try:
         yield
     finally:
-        distributed.total = total
+        distributed.all_reduce_sum = total
 
 
 def job(processes: int, images: int, config: Config) -> dict[str, Any]:

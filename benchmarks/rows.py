@@ -14,21 +14,23 @@ from typing import Any
 import torch
 import usual_way
 from machine import Machine, agree, multiple, row
-from made_up import batch, captions, features, photographs, trained_decoder, vocabulary
+from synthetic import batch, captions, features, photographs, trained_decoder, vocabulary
 from torch import Tensor, nn
 
 import metrics
 import train
+from config import TrainConfig
 from decoder import DecoderConfig
-from decoding import END, beam_search, greedy
+from decoding import beam_search, greedy
 from encoder import Encoder, build_trunk, multiplies_bfloat16
 from features import encode_images
-from images import read_image
 from inference import Captioner
 from losses import cross_entropy
 from model import CaptionModel
-from records import Record
-from trainer import TrainConfig, Trainer
+from readers import Record
+from trainer import Trainer
+from util.images import read_image
+from vocabulary import END
 
 ROOT = Path(__file__).resolve().parent.parent
 BEAM = {"beam_size": 5, "max_words": 30}
@@ -131,7 +133,7 @@ def beam_row(machine: Machine, kind: str, target: float) -> dict[str, Any]:
     def ours() -> None:
         found["ours"] = []
         for part in seen.split(64):
-            memory = decoder.remember(part.float())
+            memory = decoder.encode(part.float())
             decoded = beam_search(decoder, memory, **BEAM, length_penalty=PENALTY)
             found["ours"] += said(decoded.tokens[:, 0])
 
@@ -162,7 +164,7 @@ def greedy_row(machine: Machine) -> dict[str, Any]:
     def ours() -> None:
         found["ours"] = []
         for part in parts:
-            decoded = greedy(decoder, decoder.remember(part.float()), max_words=BEAM["max_words"])
+            decoded = greedy(decoder, decoder.encode(part.float()), max_words=BEAM["max_words"])
             found["ours"] += said(decoded.tokens[:, 0])
 
     slow, fast = machine.seconds(usual, ours)

@@ -21,12 +21,11 @@ from typing import Literal
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from made_up import PER_IMAGE, captions  # noqa: E402
+from synthetic import PER_IMAGE, captions  # noqa: E402
 
-import files  # noqa: E402
-from dataset import Vocabulary  # noqa: E402
-from layouts import load_split  # noqa: E402
-from records import Records  # noqa: E402
+from readers import Records, load_split  # noqa: E402
+from util import files  # noqa: E402
+from vocabulary import Vocabulary  # noqa: E402
 
 AT_ONCE = 1000  # images whose captions are made up together; they come again with other names
 MOST_COUNTED = 1_000_000  # captions whose words are counted: it takes time and no memory
@@ -86,7 +85,7 @@ def made(images: int) -> Records:
     return records.pack()
 
 
-def held() -> int:
+def block_signals() -> int:
     """Return the bytes of memory this process has now, what it could give back given back."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
@@ -100,10 +99,10 @@ def peak() -> int:
 
 def measure(folder: Path, layout: str, images: int) -> dict[str, float]:
     """Return what reading the train split takes, in bytes and seconds."""
-    before, began = held(), time.perf_counter()
+    before, began = block_signals(), time.perf_counter()
     records = made(images) if layout == "none" else load_split(layout, folder, "train")
     seconds = time.perf_counter() - began
-    highest, stays = peak() - before, held() - before
+    highest, stays = peak() - before, block_signals() - before
     began = time.perf_counter()
     some = records[: MOST_COUNTED // PER_IMAGE]
     words = Vocabulary.build((line for record in some for line in record.captions), 1)

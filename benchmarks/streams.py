@@ -14,18 +14,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import readers
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from made_up import captions, photographs, vocabulary  # noqa: E402
+from synthetic import captions, photographs, vocabulary  # noqa: E402
 
-import files  # noqa: E402
-import shards  # noqa: E402
 from dataset import Batch, CaptionDataset, get_loader  # noqa: E402
 from encoder import image_transform  # noqa: E402
-from records import Record  # noqa: E402
+from readers import Record  # noqa: E402
 from shard_writer import write_shards  # noqa: E402
 from streaming import stream_loader  # noqa: E402
+from util import files  # noqa: E402
 
 ROUNDS = 3
 
@@ -100,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         rows.append({"what": "written", **clock.rates(count)})
         words, transform = vocabulary(), image_transform(config.img_size, train=False)
         streamed = CaptionDataset(
-            shards.listed(str(folder / "shards"), "train"), words, 30, transform
+            readers.listed(str(folder / "shards"), "train"), words, 30, transform
         )
         filed = CaptionDataset(plain, words, 30, transform)
         for workers in config.workers:

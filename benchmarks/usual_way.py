@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from decoder import AttentionLSTM, Transformer
-from decoding import END, NEVER, PAD, START
+from decoding import NEVER
+from vocabulary import END, PAD, START
 
 PADDED_TO = 64  # words: many repositories pad every caption to one length
 
@@ -160,7 +161,7 @@ def attention_beam(ours: AttentionLSTM, features: Tensor, **search: float) -> li
     states: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
 
     def following(prefixes: Tensor) -> Tensor:
-        memory = ours.remember(features.expand(len(prefixes), -1, -1))
+        memory = ours.encode(features.expand(len(prefixes), -1, -1))
         keys = ours.key(memory)
         parents = [tuple(prefix[:-1]) for prefix in prefixes.tolist()]
         if parents[0] == ():

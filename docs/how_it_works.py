@@ -22,13 +22,12 @@ from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import FancyBboxPatch  # noqa: E402
 from PIL import Image  # noqa: E402
 
-import files  # noqa: E402
-import shapes  # noqa: E402
-from decoding import END, START  # noqa: E402
+from decoding import DecodingConfig, decode  # noqa: E402
 from encoder import image_transform  # noqa: E402
-from generation import DecodingConfig, decode  # noqa: E402
-from images import read_image  # noqa: E402
 from model import CaptionModel  # noqa: E402
+from util import files, shapes  # noqa: E402
+from util.images import read_image  # noqa: E402
+from vocabulary import END, START  # noqa: E402
 
 INK, GREY, LINE, PAPER, BAR = "#1b1f24", "#5b6470", "#9aa3ad", "#ffffff", "#0072B2"
 WARM = (235, 95, 0)  # where a word looked
@@ -67,9 +66,9 @@ def follow(model: CaptionModel, image: Image.Image) -> Way:
     """Return the way of a picture through the model."""
     pixels = image_transform(model.img_size, train=False)(image)[None]
     features = model.encoder(pixels)
-    memory = model.remember(features)
+    memory = model.encode(features)
     tokens = decode(model, memory, DecodingConfig()).tokens  # (1, 1, T), the end is one
-    looks = model.look(memory, tokens)
+    looks = model.attention_maps(memory, tokens)
     if looks is None:
         raise ValueError("this model has no attention to show")
     read = torch.nn.functional.pad(tokens[0], (1, 0), value=START)

@@ -38,7 +38,7 @@ def shapes_run(tmp_path_factory) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory) -> Path:
     """Return a folder of few drawings, for runs that need not learn anything."""
-    import shapes
+    from util import shapes
 
     return shapes.draw(tmp_path_factory.mktemp("drawn"), train=24, val=8, test=8)
 
@@ -46,7 +46,7 @@ def drawn(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
     """Return a run's folder with a tiny untrained model."""
-    from tiny import tiny_model  # imports torch, which must see the threads set above
+    from helpers.tiny import tiny_model  # imports torch, which must see the threads set above
 
     folder = tmp_path_factory.mktemp("run")
     tiny_model().save(folder / "best.safetensors")
@@ -80,7 +80,7 @@ def root(tmp_path) -> Path:
 @pytest.fixture
 def mirror(root, monkeypatch):
     """Serve `mirrors.Mirror` on 127.0.0.1, and wait for nothing between attempts."""
-    from mirrors import Mirror
+    from helpers.mirrors import Mirror
 
     import download_data
 
@@ -97,6 +97,6 @@ def mirror(root, monkeypatch):
 
 @pytest.fixture
 def offered(mirror, monkeypatch):
-    from mirrors import put
+    from helpers.mirrors import put
 
     return put(monkeypatch, mirror)

@@ -1,12 +1,12 @@
 """`--annotate DIR` writes each picture with its caption, and never over a picture."""
 
 import pytest
+from helpers.tiny import picture, run_script
 from PIL import Image
-from tiny import picture, run_script
 
 import inference
-import plots
 from inference import caption
+from util import plots
 
 
 @pytest.fixture

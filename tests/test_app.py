@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny import METHODS, picture, png, tiny_model
 from PIL import Image
-from tiny import METHODS, picture, png, tiny_model
 
 import app
 import inference
-from inference import Captioner, DecodingConfig
+from decoding import DecodingConfig
+from inference import Captioner
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from tiny import METHODS, picture
+from helpers.tiny import METHODS, picture
 
 import app
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.tiny import picture, png, run_script
 from PIL import Image
-from tiny import picture, png, run_script
 
 import app
 

@@ -6,16 +6,17 @@ from pathlib import Path
 import bench
 import busy
 import growth
-import made_up
 import pytest
 import scale
 import streams
+import synthetic
 import torch
 import usual_way
 
 from decoder import DecoderConfig, build_decoder
-from decoding import END, beam_search, greedy
+from decoding import beam_search, greedy
 from losses import cross_entropy
+from vocabulary import END
 
 SIZES = {"d_model": 16, "n_head": 2, "n_decode": 2, "fc_dim": 32, "seq_len": 9}
 SEARCH = {"beam_size": 4, "max_words": 9}
@@ -36,11 +37,11 @@ def said(decoded) -> list[list[int]]:
 
 
 def test_the_usual_training_step_has_our_loss():
-    ours, words = decoder("transformer"), made_up.vocabulary(26)
-    one = made_up.batch(4, words=words)
+    ours, words = decoder("transformer"), synthetic.vocabulary(26)
+    one = synthetic.batch(4, words=words)
     tokens = one.tokens[:, :10]
     seen = torch.randn(4, 6, 8)
-    expected = cross_entropy(ours(ours.remember(seen), tokens, one.owner).logits, tokens)
+    expected = cross_entropy(ours(ours.encode(seen), tokens, one.owner).logits, tokens)
     usual = usual_way.UsualTransformer(ours).eval()
     for given in (tokens, usual_way.padded(tokens, usual_way.PADDED_TO)):
         loss = usual.loss(seen[one.owner], given)
@@ -52,7 +53,7 @@ def test_the_usual_ways_of_decoding_find_our_captions():
     with torch.no_grad():
         ours = decoder("transformer")
         usual = usual_way.UsualTransformer(ours).eval()
-        quick = greedy(ours, ours.remember(seen), max_words=9)
+        quick = greedy(ours, ours.encode(seen), max_words=9)
         slow = usual_way.greedy(usual, seen, 9).tolist()
         assert [line[: line.index(END) + 1] for line in slow] == said(quick)
         for kind, way, model in (
@@ -60,7 +61,7 @@ def test_the_usual_ways_of_decoding_find_our_captions():
             ("attention-lstm", usual_way.attention_beam, decoder("attention-lstm")),
         ):
             ours = decoder(kind)
-            expected = said(beam_search(ours, ours.remember(seen), **SEARCH, length_penalty=0.7))
+            expected = said(beam_search(ours, ours.encode(seen), **SEARCH, length_penalty=0.7))
             found = [way(model, each, **SEARCH, penalty=0.7) for each in seen]
             assert found == expected and len({tuple(line) for line in found}) >= 3
 
@@ -83,7 +84,7 @@ def test_an_unknown_row_is_named():
 
 
 def test_made_up_captions_are_as_long_as_real_ones():
-    lengths = [len(line.split()) for lines in made_up.captions(400) for line in lines]
+    lengths = [len(line.split()) for lines in synthetic.captions(400) for line in lines]
     assert sum(lengths) / len(lengths) == pytest.approx(10.8, abs=0.3)
 
 

@@ -8,13 +8,13 @@ import re
 import time
 
 import pytest
+from helpers.tiny import picture, run_script, tiny_model
 from PIL import Image
-from tiny import picture, run_script, tiny_model
 
-import files
 import inference
 from inference import Captioner, read_ahead
-from results import json_list
+from util import files
+from util.results import json_list
 
 
 @pytest.fixture

@@ -8,18 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset import (
-    CaptionDataset,
-    DataConfig,
-    Record,
-    Vocabulary,
-    collate_fn,
-    get_loader,
-    mix,
-    words,
-)
-from decoding import END, PAD, START, UNK
+from config import DataConfig
+from dataset import CaptionDataset, collate_fn, get_loader
 from encoder import image_transform
+from readers import Record
+from util.seeding import derive_seed
+from vocabulary import END, PAD, START, UNK, Vocabulary, split_words
 
 LINES = ["a dog runs .", "a dog and a cat", "The dog's ball , red", "zebra"]
 VOCABULARY = Vocabulary.build(LINES, 1)
@@ -81,17 +75,20 @@ def same(first: dict, second: dict) -> bool:
 )
 def test_words_are_runs_of_letters_marks_digits_and_inner_apostrophes(caption, expected):
     composed = unicodedata.normalize("NFC", expected)
-    assert words(caption) == composed.split()
+    assert split_words(caption) == composed.split()
 
 
 def test_composed_and_decomposed_letters_are_one_word():
     composed, decomposed = "Café été", unicodedata.normalize("NFD", "Café été")
-    assert composed != decomposed and words(composed) == words(decomposed) == ["café", "été"]
+    assert composed != decomposed and split_words(composed) == split_words(decomposed) == [
+        "café",
+        "été",
+    ]
 
 
 def test_the_words_of_words_are_themselves():
     said = "The dog's 'red' ball – Ελλάδα, 東京 İstanbul naïve Über-cool 3½"
-    assert words(" ".join(words(said))) == words(said)
+    assert split_words(" ".join(split_words(said))) == split_words(said)
 
 
 # --- vocabulary
@@ -123,7 +120,7 @@ def test_no_word_left_says_to_lower_the_minimal_count():
 @pytest.mark.parametrize("line", [*LINES, "RED cat, the dog's zebra!"])
 def test_encode_then_decode_gives_the_words_back(line):
     tokens = VOCABULARY.encode(line, 30)
-    expected = " ".join(words(line))
+    expected = " ".join(split_words(line))
     assert VOCABULARY.decode(tokens) == expected
     assert VOCABULARY.decode(torch.tensor([*tokens, PAD, PAD])) == expected
 
@@ -350,9 +347,11 @@ def test_a_batch_size_below_one_is_an_error(records):
 
 
 def test_mixed_seeds_differ_and_stay():
-    seeds = {mix(a, b) for a in range(30) for b in range(30)}
+    seeds = {derive_seed(a, b) for a in range(30) for b in range(30)}
     assert len(seeds) == 900 and all(0 <= seed < 2**63 for seed in seeds)
-    assert mix(1, 23) != mix(12, 3) and mix(1, "a.jpg") == mix(1, "a.jpg") != mix(1, "b.jpg")
+    assert derive_seed(1, 23) != derive_seed(12, 3) and derive_seed(1, "a.jpg") == derive_seed(
+        1, "a.jpg"
+    ) != derive_seed(1, "b.jpg")
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from decoder import DECODERS, DecoderConfig, build_decoder
-from decoding import END, PAD, START, beam_search, greedy, sample
+from decoding import beam_search, greedy, sample
 from losses import cross_entropy
+from vocabulary import END, PAD, START
 
 WORDS, CHANNELS, POSITIONS, LONGEST = 23, 12, 6, 9
 SIZES = {"d_model": 32, "n_decode": 2, "n_head": 4, "fc_dim": 48, "seq_len": LONGEST}
@@ -74,7 +75,7 @@ def test_steps_say_what_teacher_forcing_says(decoder):
     """Three beams an image, each on another caption, word by word."""
     tokens = captions((LONGEST,) * 6)
     owner = torch.tensor([0, 0, 0, 1, 1, 1])
-    memory = decoder.remember(features(2))
+    memory = decoder.encode(features(2))
     expected = log_probs(decoder, memory, tokens, owner).view(2, 3, LONGEST + 1, WORDS)
     rows = tokens.view(2, 3, -1)
     state = decoder.start(memory)
@@ -89,7 +90,7 @@ def test_steps_say_what_teacher_forcing_says(decoder):
 @torch.no_grad()
 def test_beams_that_change_places_keep_their_own_past(decoder):
     tokens = captions((4, 4, 4))
-    memory = decoder.remember(features(1))
+    memory = decoder.encode(features(1))
     expected = log_probs(decoder, memory, tokens, torch.zeros(3, dtype=torch.long))
     state = decoder.start(memory).reorder(torch.zeros(1, 3, dtype=torch.long))
     order = [0, 1, 2]
@@ -117,7 +118,7 @@ METHODS = {
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_log_prob_of_a_decoded_caption_is_teacher_forcings(decoder, method):
-    memory = decoder.remember(features(5))
+    memory = decoder.encode(features(5))
     decoded = method(decoder, memory)
     count, n, _ = decoded.tokens.shape
     tokens = nn.functional.pad(decoded.tokens.flatten(0, 1), (1, 0), value=START)
@@ -130,9 +131,9 @@ def test_log_prob_of_a_decoded_caption_is_teacher_forcings(decoder, method):
 @pytest.mark.parametrize("method", [METHODS["greedy"], METHODS["beam"]], ids=["greedy", "beam"])
 def test_an_image_is_captioned_alone_as_in_a_batch(decoder, method):
     inputs = features(5)
-    together = method(decoder, decoder.remember(inputs))
+    together = method(decoder, decoder.encode(inputs))
     for row in range(5):
-        alone = method(decoder, decoder.remember(inputs[row : row + 1]))
+        alone = method(decoder, decoder.encode(inputs[row : row + 1]))
         length = alone.tokens.shape[-1]
         assert torch.equal(alone.tokens[0], together.tokens[row, :, :length])
         assert not together.tokens[row, :, length:].any()
@@ -142,7 +143,7 @@ def test_an_image_is_captioned_alone_as_in_a_batch(decoder, method):
 @torch.no_grad()
 def test_a_caption_is_scored_alone_as_among_others(decoder):
     """An image with none, one, two or seven captions; captions of one word and of nine."""
-    tokens, memory = captions(LENGTHS), decoder.remember(features(IMAGES))
+    tokens, memory = captions(LENGTHS), decoder.encode(features(IMAGES))
     together = log_probs(decoder, memory, tokens, OWNER)
     for row, owner in enumerate(OWNER.tolist()):
         own = tokens[row : row + 1, : LENGTHS[row] + 2]
@@ -155,7 +156,7 @@ def test_a_caption_is_scored_alone_as_among_others(decoder):
 
 @torch.no_grad()
 def test_the_order_of_captions_never_matters(decoder):
-    tokens, memory = captions(LENGTHS), decoder.remember(features(IMAGES))
+    tokens, memory = captions(LENGTHS), decoder.encode(features(IMAGES))
     expected = log_probs(decoder, memory, tokens, OWNER)
     order = torch.randperm(len(OWNER), generator=torch.Generator().manual_seed(5))
     assert OWNER[order].diff().min() < 0  # unsorted
@@ -165,7 +166,7 @@ def test_the_order_of_captions_never_matters(decoder):
 
 def gradients(decoder, inputs, tokens, owner) -> dict[str, Tensor]:
     decoder.zero_grad()
-    loss = cross_entropy(decoder(decoder.remember(inputs), tokens, owner).logits, tokens, 0.1)
+    loss = cross_entropy(decoder(decoder.encode(inputs), tokens, owner).logits, tokens, 0.1)
     (loss.objective / loss.words).backward()
     return {key: each.grad.clone() for key, each in decoder.named_parameters()}
 
@@ -183,7 +184,7 @@ def test_padding_never_changes_the_loss_or_a_gradient(decoder, more):
 @torch.no_grad()
 def test_logits_are_zero_at_padding_and_have_the_promised_shape(decoder):
     tokens = captions(LENGTHS)
-    taught = decoder(decoder.remember(features(IMAGES)), tokens, OWNER)
+    taught = decoder(decoder.encode(features(IMAGES)), tokens, OWNER)
     assert taught.logits.shape == (len(LENGTHS), tokens.shape[1] - 1, WORDS)
     assert not taught.logits[tokens[:, 1:] == PAD].any()
     assert taught.logits[tokens[:, 1:] != PAD].any(-1).all()
@@ -193,7 +194,7 @@ def test_logits_are_zero_at_padding_and_have_the_promised_shape(decoder):
 
 @torch.no_grad()
 def test_a_word_never_sees_the_words_after_it(decoder):
-    tokens, memory = captions((6,)), decoder.remember(features(1))
+    tokens, memory = captions((6,)), decoder.encode(features(1))
     owner = torch.tensor([0])
     changed = tokens.clone()
     changed[0, 4] = (tokens[0, 4] + 1) % WORDS if tokens[0, 4] < WORDS - 1 else 4
@@ -206,28 +207,28 @@ def test_a_word_never_sees_the_words_after_it(decoder):
 def test_every_image_position_and_every_earlier_word_matters(decoder):
     tokens, inputs = captions((6,)), features(1)
     owner = torch.tensor([0])
-    before = decoder(decoder.remember(inputs), tokens, owner).logits
+    before = decoder(decoder.encode(inputs), tokens, owner).logits
     for position in range(POSITIONS):
         changed = inputs.clone()
         changed[0, position] += 1
-        after = decoder(decoder.remember(changed), tokens, owner).logits
+        after = decoder(decoder.encode(changed), tokens, owner).logits
         assert not torch.allclose(before, after, atol=1e-5)
     changed = tokens.clone()
     changed[0, 1] = 4 if tokens[0, 1] != 4 else 5
-    after = decoder(decoder.remember(inputs), changed, owner).logits
+    after = decoder(decoder.encode(inputs), changed, owner).logits
     assert not torch.allclose(before[:, -1], after[:, -1], atol=1e-5)
 
 
 @torch.no_grad()
 def test_a_batch_of_images_without_a_caption_is_no_error(decoder):
     tokens = torch.zeros(0, 5, dtype=torch.long)
-    taught = decoder(decoder.remember(features(2)), tokens, tokens[:, 0])
+    taught = decoder(decoder.encode(features(2)), tokens, tokens[:, 0])
     assert taught.logits.shape == (0, 4, WORDS)
 
 
 @torch.no_grad()
 def test_the_image_is_never_copied_for_its_beams(decoder):
-    state = decoder.start(decoder.remember(features(2)))
+    state = decoder.start(decoder.encode(features(2)))
     image = state.image
     state = state.reorder(torch.zeros(2, 5, dtype=torch.long))
     for _ in range(3):
@@ -240,9 +241,7 @@ def test_the_image_is_never_copied_for_its_beams(decoder):
 
 @torch.no_grad()
 def test_steps_return_log_probabilities(decoder):
-    scores, _ = decoder.step(
-        torch.full((3, 1), START), decoder.start(decoder.remember(features(3)))
-    )
+    scores, _ = decoder.step(torch.full((3, 1), START), decoder.start(decoder.encode(features(3))))
     torch.testing.assert_close(scores.exp().sum(-1), torch.ones(3, 1))
 
 
@@ -255,7 +254,7 @@ def test_a_small_decoder_memorises_four_captions(name):
     optimizer = torch.optim.Adam(decoder.parameters(), lr=3e-3)
     for step in range(400):
         torch.manual_seed(step)
-        loss = cross_entropy(decoder(decoder.remember(inputs), tokens, owner).logits, tokens)
+        loss = cross_entropy(decoder(decoder.encode(inputs), tokens, owner).logits, tokens)
         optimizer.zero_grad()
         (loss.objective / loss.words).backward()
         optimizer.step()
@@ -263,7 +262,7 @@ def test_a_small_decoder_memorises_four_captions(name):
             break
     decoder.eval()
     with torch.no_grad():
-        memory = decoder.remember(inputs)
+        memory = decoder.encode(inputs)
         for decoded in (
             greedy(decoder, memory, max_words=LONGEST),
             beam_search(decoder, memory, max_words=LONGEST, beam_size=3, length_penalty=0.7),
@@ -282,7 +281,7 @@ def test_dropout_is_drawn_in_training_and_never_in_eval(name):
     tokens, inputs = captions(LENGTHS), features(IMAGES)
 
     def scores():
-        return decoder(decoder.remember(inputs), tokens, OWNER).logits
+        return decoder(decoder.encode(inputs), tokens, OWNER).logits
 
     with torch.no_grad():
         assert torch.equal(scores(), scores())
@@ -290,7 +289,7 @@ def test_dropout_is_drawn_in_training_and_never_in_eval(name):
         assert not torch.allclose(scores(), scores(), atol=1e-3)
         without = build(name, dropout=0.0).train()
         without.load_state_dict(decoder.state_dict())
-        training = without(without.remember(inputs), tokens, OWNER).logits
+        training = without(without.encode(inputs), tokens, OWNER).logits
         torch.testing.assert_close(training, decoder.eval() and scores())
 
 
@@ -312,22 +311,22 @@ def test_a_transformers_output_layer_is_its_embedding():
 def test_an_untied_output_layer_is_a_weight_of_its_own(name):
     decoder, tokens = build(name, tie_weights=False), captions(LENGTHS)
     assert decoder.state_dict().keys() - build(name).state_dict().keys() == {"untied"}
-    memory, bias = decoder.remember(features(IMAGES)), getattr(decoder, "bias", torch.zeros(()))
+    memory, bias = decoder.encode(features(IMAGES)), getattr(decoder, "bias", torch.zeros(()))
     bias = bias * (tokens[:, 1:] != PAD)[..., None]
 
-    def spoken() -> Tensor:
+    def to_captions() -> Tensor:
         return decoder(memory, tokens, OWNER).logits - bias
 
-    before = spoken()
+    before = to_captions()
     decoder.untied *= 2
-    torch.testing.assert_close(spoken(), 2 * before)  # it says the words, and is read nowhere
+    torch.testing.assert_close(to_captions(), 2 * before)  # it says the words, and is read nowhere
 
 
 def test_gradients_reach_the_image_and_no_other(decoder):
     """An image that has no captions has no part in the loss."""
     inputs = features(IMAGES).requires_grad_()
     tokens = captions(LENGTHS)
-    loss = cross_entropy(decoder(decoder.remember(inputs), tokens, OWNER).logits, tokens)
+    loss = cross_entropy(decoder(decoder.encode(inputs), tokens, OWNER).logits, tokens)
     (slope,) = torch.autograd.grad(loss.objective, inputs)
     assert [bool(each.any()) for each in slope] == [True, False, True, True]
 
@@ -370,11 +369,11 @@ def test_the_flag_offers_the_decoders_in_the_table():
 def test_features_of_another_size_or_cnn_are_refused(decoder):
     for shape in ((2, POSITIONS + 1, CHANNELS), (2, 1, CHANNELS), (2, POSITIONS, CHANNELS + 1)):
         with pytest.raises(ValueError, match=r"features have .* but the decoder was built for"):
-            decoder.remember(torch.zeros(shape))
+            decoder.encode(torch.zeros(shape))
 
 
 def test_a_caption_may_be_as_long_as_the_decoder_allows_and_no_longer(decoder):
-    memory, owner = decoder.remember(features(1)), torch.tensor([0])
+    memory, owner = decoder.encode(features(1)), torch.tensor([0])
     assert decoder(memory, captions((LONGEST,)), owner).logits.isfinite().all()
     with pytest.raises(ValueError, match=f"longer than the decoder's {LONGEST} words"):
         decoder(memory, captions((LONGEST + 1,)), owner)
@@ -392,7 +391,7 @@ def test_gradients_are_the_same_each_time_on_several_threads(kind):
     try:
         for _ in range(4):
             decoder.zero_grad()
-            decoder(decoder.remember(features), tokens, owner).logits.square().mean().backward()
+            decoder(decoder.encode(features), tokens, owner).logits.square().mean().backward()
             found.append([weights.grad.clone() for weights in decoder.parameters()])
     finally:
         torch.set_num_threads(threads)
@@ -407,7 +406,7 @@ def test_gradients_are_the_same_each_time_on_several_threads(kind):
 @torch.no_grad()
 def test_attention_is_shared_out_over_the_image_and_changes_nothing(kind):
     decoder, tokens = build(kind), captions(LENGTHS)
-    memory = decoder.remember(features(IMAGES))
+    memory = decoder.encode(features(IMAGES))
     told = decoder(memory, tokens, OWNER, attention=True)
     torch.testing.assert_close(told.logits, decoder(memory, tokens, OWNER).logits)
     real = (tokens[:, 1:] != PAD).float()
@@ -419,7 +418,7 @@ def test_attention_is_shared_out_over_the_image_and_changes_nothing(kind):
 @torch.no_grad()
 def test_attention_goes_where_the_picture_goes(kind):
     decoder, tokens = build(kind), captions(LENGTHS)
-    memory, order = decoder.remember(features(IMAGES)), torch.tensor([3, 1, 5, 0, 2, 4])
+    memory, order = decoder.encode(features(IMAGES)), torch.tensor([3, 1, 5, 0, 2, 4])
     before = decoder(memory, tokens, OWNER, attention=True).attention
     after = decoder(memory[:, order], tokens, OWNER, attention=True).attention
     torch.testing.assert_close(after, before[..., order], **CLOSE)

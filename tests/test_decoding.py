@@ -4,10 +4,21 @@ import math
 
 import pytest
 import torch
-from toy import DETERMINISTIC, METHODS, SPECIALS, Toy, draw, every_method, images, repeats, spoken
+from helpers.toy import (
+    DETERMINISTIC,
+    METHODS,
+    SPECIALS,
+    Toy,
+    draw,
+    every_method,
+    images,
+    repeats,
+    to_captions,
+)
 
 import decoding
-from decoding import END, PAD, START, UNK, State, beam_search, filter_words, greedy, sample
+from decoding import State, beam_search, filter_words, greedy, sample
+from vocabulary import END, PAD, START, UNK
 
 # ---- what captions always are ----------------------------------------------------------------
 
@@ -28,7 +39,7 @@ BIASES = {
 def test_every_caption_is_one_of_known_words_and_not_empty(method, bias, ngram):
     decoded = method(Toy(bias=bias), images(), max_words=5, no_repeat_ngram=ngram)
     assert not decoded.log_prob.isnan().any()
-    for captions, scores in zip(spoken(decoded), decoded.log_prob.tolist(), strict=True):
+    for captions, scores in zip(to_captions(decoded), decoded.log_prob.tolist(), strict=True):
         assert captions and len(captions) == sum(score > -math.inf for score in scores)
         for caption in captions:
             assert 1 <= len(caption) <= 5 and min(caption) >= SPECIALS
@@ -38,21 +49,21 @@ def test_every_caption_is_one_of_known_words_and_not_empty(method, bias, ngram):
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_captions_that_cannot_end_are_cut_at_the_longest(name):
     end = -math.inf
-    for captions in spoken(METHODS[name](Toy(bias={END: end}), images(), max_words=6)):
+    for captions in to_captions(METHODS[name](Toy(bias={END: end}), images(), max_words=6)):
         assert [len(each) for each in captions] == [6] * len(captions)
 
 
 @every_method
 def test_captions_have_at_least_the_words_asked_for(method):
     decoded = method(Toy(bias={END: 5.0}), images(), max_words=6, min_words=4)
-    assert {len(each) for captions in spoken(decoded) for each in captions} <= {4, 5, 6}
+    assert {len(each) for captions in to_captions(decoded) for each in captions} <= {4, 5, 6}
 
 
 @every_method
 def test_a_caption_with_no_word_left_ends_though_it_be_too_short(method):
     decoded = method(Toy(words=2), images(), max_words=6, min_words=5, no_repeat_ngram=1)
     assert decoded.log_prob.isfinite()[:, 0].all()
-    assert all(set(each[0]) == {4, 5} and len(each[0]) == 2 for each in spoken(decoded))
+    assert all(set(each[0]) == {4, 5} and len(each[0]) == 2 for each in to_captions(decoded))
 
 
 def test_tokens_are_as_long_as_the_longest_caption():
@@ -81,7 +92,7 @@ def test_the_same_seed_draws_the_same_captions_and_another_seed_others():
 
     def drawn(seed):
         generator = torch.Generator().manual_seed(seed)
-        return spoken(sample(toy, memory, max_words=6, n=5, generator=generator))
+        return to_captions(sample(toy, memory, max_words=6, n=5, generator=generator))
 
     assert drawn(1) == drawn(1) != drawn(2)
 

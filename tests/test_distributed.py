@@ -5,13 +5,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import SLOW_TO_LOOK, torchrun
+from helpers.tiny import SLOW_TO_LOOK, torchrun
 
-import distributed
+from util import distributed
 
 JOB = """
 import json, os, signal, sys, time
-import distributed, files
+from util import distributed, files
 
 def main():
     how, folder = sys.argv[1:]
@@ -27,11 +27,11 @@ def main():
             raise SystemExit(files.fail("no such flag"))
         told = {
             "gathered": distributed.gather(distributed.rank() * 10),
-            "shared": distributed.shared(f"of {distributed.rank()}"),
+            "shared": distributed.broadcast(f"of {distributed.rank()}"),
             "on_main": distributed.on_main(lambda: distributed.rank()),
-            "total": distributed.total([1.0, distributed.rank()]),
-            "share": list(distributed.share(range(5))),
-            "world": distributed.world(),
+            "total": distributed.all_reduce_sum([1.0, distributed.rank()]),
+            "share": list(distributed.split_by_rank(range(5))),
+            "world": distributed.world_size(),
         }
         with open(f"{folder}/{distributed.rank()}.json", "w") as file:
             json.dump(told, file)
@@ -60,7 +60,7 @@ def test_no_thread_of_the_group_outlives_it(tmp_path):
     """One that does may ask for Python's lock when Python is gone, which aborts the process."""
     run = torchrun("""
         import os, sys
-        import distributed
+        from util import distributed
 
         before = len(os.listdir("/proc/self/task"))
         with distributed.join():
@@ -91,11 +91,11 @@ def test_what_ends_a_process_ends_the_job_with_one_line(how, line, tmp_path):
 
 def test_alone_there_is_nothing_to_tell():
     with distributed.join():
-        assert (distributed.rank(), distributed.world(), distributed.local_rank()) == (0, 1, 0)
+        assert (distributed.rank(), distributed.world_size(), distributed.local_rank()) == (0, 1, 0)
         assert distributed.gather("a") == ["a"]
-        assert distributed.shared("a") == distributed.on_main(lambda: "a") == "a"
-        assert distributed.total([1, 2]) == [1.0, 2.0]
-        assert distributed.share([1, 2]) == [1, 2]
+        assert distributed.broadcast("a") == distributed.on_main(lambda: "a") == "a"
+        assert distributed.all_reduce_sum([1, 2]) == [1.0, 2.0]
+        assert distributed.split_by_rank([1, 2]) == [1, 2]
         distributed.barrier()
 
 

@@ -9,7 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from mirrors import COMPLETE, PHOTO, PHOTOS, TEXTS, asked_for, error_of, get, md5, put, tree, zipped
+from helpers.mirrors import (
+    COMPLETE,
+    PHOTO,
+    PHOTOS,
+    TEXTS,
+    asked_for,
+    error_of,
+    get,
+    md5,
+    put,
+    tree,
+    zipped,
+)
 
 import download_data
 

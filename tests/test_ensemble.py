@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from tiny import METHODS, WORDS, picture, run_script, tiny_model
+from helpers.tiny import METHODS, WORDS, picture, run_script, tiny_model
 
 import evaluate
 import inference
-import shapes
 from inference import Captioner, caption
 from model import ModelEnsemble, load_models
+from util import shapes
 
 KINDS = [("transformer", 64, 2), ("lstm", 64, 4), ("attention-lstm", 96, 5)]  # size, seed
 
@@ -38,13 +38,13 @@ def test_the_first_word_has_the_mean_of_the_members_probabilities(members, pictu
     token = torch.ones(1, 1, dtype=torch.int64)
     with torch.no_grad():
         joint, _ = ensemble.model.decoder.step(
-            token, ensemble.model.decoder.start(ensemble.model.remember(*pixels))
+            token, ensemble.model.decoder.start(ensemble.model.encode(*pixels))
         )
         alone = []
         for path in members:
             one = Captioner.load(path, "cpu")
             seen = one.transforms[0](pictures[0])[None]
-            state = one.model.decoder.start(one.model.remember(seen))
+            state = one.model.decoder.start(one.model.encode(seen))
             alone.append(one.model.decoder.step(token, state)[0].exp())
     torch.testing.assert_close(joint.exp(), torch.stack(alone).mean(0))
 
@@ -52,12 +52,12 @@ def test_the_first_word_has_the_mean_of_the_members_probabilities(members, pictu
 def test_one_cnn_works_once_for_the_members_that_share_it(members):
     model = load_models(members)
     assert isinstance(model, ModelEnsemble)
-    assert [size for _, size in model.views] == [64, 96]
+    assert [size for _, size in model.encoders] == [64, 96]
     calls = []
     for member in model.models:
         member.encoder.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad():
-        memories = model.remember(*(torch.rand(2, 3, size, size) for _, size in model.views))
+        memories = model.encode(*(torch.rand(2, 3, size, size) for _, size in model.encoders))
     assert len(memories) == 3 and len(calls) == 2
 
 

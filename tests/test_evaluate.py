@@ -8,17 +8,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from helpers.tiny import METHODS, run_script
 from PIL import Image
-from tiny import METHODS, run_script
 
 import evaluate
 import metrics
-import shapes
+from decoding import DecodingConfig
 from evaluate import by_own_ids, caption_split, captions_json, read_captions, split_features
 from features import cached_features
-from inference import Captioner, DecodingConfig
-from layouts import load_split
-from records import Record
+from inference import Captioner
+from readers import Record, load_split
+from util import shapes
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
@@ -218,7 +218,7 @@ def damaged(records, tmp_path):
 def test_a_few_unreadable_images_are_left_out_and_said(
     batch_size, run, damaged, data, monkeypatch, caplog
 ):
-    monkeypatch.setattr("records.MAX_LEFT_OUT", 0.1)
+    monkeypatch.setattr("readers.MAX_LEFT_OUT", 0.1)
     monkeypatch.setattr(evaluate, "load_split", lambda *_: damaged)
     config = evaluate.Config(checkpoint=run, java=False, workers=0, batch_size=batch_size)
     report, captions = evaluate.evaluate(config)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers.tiny import METHODS, picture, run_script, tiny_model
 from safetensors.torch import load_file
-from tiny import METHODS, picture, run_script, tiny_model
 
 import export
 from inference import Captioner

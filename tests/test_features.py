@@ -8,18 +8,18 @@ import pickle
 import shutil
 from pathlib import Path
 
-import caches
 import numpy as np
 import pytest
 import torch
-from caches import build, contents, leftovers, stirred, stop_after
+from helpers import caches
+from helpers.caches import build, contents, leftovers, stirred, stop_after
 from PIL import Image
 from torch import nn
 
 import features
 from encoder import BACKBONES, Encoder, backbone, folded, image_transform
 from features import FeatureCache, cached_features, describe, encode_images
-from images import read_image
+from util.images import read_image
 
 # The pictures, the encoder and the cache of caches.py, made once for this file.
 one_thread, records = caches.one_thread, caches.records

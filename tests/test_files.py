@@ -15,7 +15,7 @@ from typing import Literal
 
 import pytest
 
-import files
+from util import files
 
 ROOT = Path(__file__).parent.parent
 POSIX = pytest.mark.skipif(os.name != "posix", reason="signals, modes and limits of POSIX")
@@ -29,7 +29,12 @@ def child(code, *argv, **how):
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "1", "PYTHONUNBUFFERED": ""}
     how = {"env": env, **how}
     return subprocess.Popen(
-        [sys.executable, "-c", "import files, os, signal, sys, time\n" + code, *map(str, argv)],
+        [
+            sys.executable,
+            "-c",
+            "from util import files\nimport os, signal, sys, time\n" + code,
+            *map(str, argv),
+        ],
         stdin=subprocess.PIPE,
         stdout=how.pop("stdout", subprocess.PIPE),
         stderr=subprocess.PIPE,

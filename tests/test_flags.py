@@ -5,15 +5,15 @@ import math
 import typing
 
 import pytest
-from tiny import SMALL, run_script
+from helpers.tiny import SMALL, run_script
 
 import app
+import config
 import evaluate
 import inference
-import settings
 import train
 
-CONFIGS = (settings.Config, inference.Config, evaluate.Config, app.Config)
+CONFIGS = (config.Config, inference.Config, evaluate.Config, app.Config)
 # Where such a number means something: as many as there are, without an end, no limit.
 SENSIBLE = {
     **dict.fromkeys(["seed", "split_seed"], (-1, 10**31)),
@@ -24,7 +24,7 @@ SENSIBLE = {
     "grad_clip": (10**31, math.inf),
 }  # fmt: skip
 # Refused where the first picture or its words are at hand: their own tests say so.
-LATER = {"generation": ("temperature", "top_p"), "inference": ("n", "batch_size", "workers")}
+LATER = {"decoding": ("temperature", "top_p"), "inference": ("n", "batch_size", "workers")}
 
 
 def numbers(config: type) -> list[tuple[type, str, type]]:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_house import LIBRARIES
-from tiny import picture
+from helpers.tiny import picture
+from test_layout import LIBRARIES
 
 import hubconf
 from inference import Captioner

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pictures
 import pytest
-from pictures import bytes_of, pixels
+from helpers import images as pictures
+from helpers.images import bytes_of, pixels
 from PIL import Image, features
 
-import images
-from images import list_images, read_image
+from util import images
+from util.images import list_images, read_image
 
 photo = pictures.photo  # the fixture
 
@@ -341,5 +341,5 @@ def test_every_extension_listed_is_one_pillow_reads():
 
 
 def test_importing_needs_neither_torch_nor_numpy():
-    code = "import sys, images; assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(images.__file__).parent, check=True)
+    code = "import sys, util.images; assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(images.__file__).parents[1], check=True)

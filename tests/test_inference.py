@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import METHODS, WORDS, picture, run_script, tiny_model
 from PIL import Image
-from tiny import METHODS, WORDS, picture, run_script, tiny_model
 
 import inference
-from inference import Caption, Captioner, caption
+from inference import Captioner, caption
 from model import CaptionModel
+from util.results import Caption
 
 ROOT = Path(__file__).parent.parent
 

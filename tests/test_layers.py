@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layers import Dropout, Layout, attend
+from util.layers import Dropout, Layout, attend
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from decoding import END, PAD, START
-from losses import cross_entropy, self_critical, unlooked
-from rewards import leave_one_out
+from losses import attention_penalty, cross_entropy, leave_one_out, self_critical
+from vocabulary import END, PAD, START
 
 SIZE = 11
 SMOOTHINGS = (0.0, 0.1, 0.7)
@@ -173,7 +172,7 @@ def test_even_attention_has_no_penalty_and_staring_has_one():
     even = torch.full((2, 4, 4), 0.25)
     staring = torch.zeros(1, 4, 4)
     staring[..., 0] = 1
-    assert unlooked(even) == 0
-    assert unlooked(staring) == pytest.approx((9 + 3) / 4)
+    assert attention_penalty(even) == 0
+    assert attention_penalty(staring) == pytest.approx((9 + 3) / 4)
     padded = torch.cat([even, torch.zeros(2, 3, 4)], 1)
-    assert unlooked(padded) == 0
+    assert attention_penalty(padded) == 0

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import metrics
-from metrics import CiderD, bleu, cider_d, faults, java_scores, rouge_l, score, tokenize
+from metrics import CiderD, bleu, cider_d, faults, java_scores, rouge_l, score
+from util.tokenizer import tokenize
 
 # Each caption as the Java tokeniser of the COCO scorer cuts it (CoreNLP 3.4.1, punctuation out).
 WORDS = {

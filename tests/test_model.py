@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import files
-from dataset import Vocabulary
 from decoder import DECODERS, DecoderConfig
-from decoding import END, PAD, START, beam_search
+from decoding import beam_search
 from encoder import Encoder
 from losses import cross_entropy
 from model import CaptionModel, checkpoint_file, count_positions, read_checkpoint
+from util import files
+from vocabulary import END, PAD, START, Vocabulary
 
 KNOWN = ("a", "dog", "runs", "犬", "l'été", "grass", "on", "red", "ball")
 SIZES = {"d_model": 24, "n_decode": 2, "n_head": 3, "fc_dim": 40, "dropout": 0.4, "seq_len": 6}
@@ -68,7 +68,7 @@ def saved(tmp_path):
 
 @torch.no_grad()
 def outputs(model: CaptionModel) -> tuple[Tensor, ...]:
-    memory = model.remember(pixels())
+    memory = model.encode(pixels())
     logits = model(pixels(), TOKENS, OWNER).logits
     return memory, logits, *beam_search(model.decoder, memory, max_words=6, beam_size=3, n=2)
 
@@ -168,16 +168,16 @@ def test_cached_features_are_as_good_as_pixels(model):
     model.eval()
     features = model.encoder(pixels())
     assert features.shape == (2, 16, 128)
-    torch.testing.assert_close(model.remember(features), model.remember(pixels()))
-    half = model.remember(features.half())
+    torch.testing.assert_close(model.encode(features), model.encode(pixels()))
+    half = model.encode(features.half())
     assert half.dtype == torch.float32
-    torch.testing.assert_close(half, model.remember(pixels()), atol=0.02, rtol=0.02)
+    torch.testing.assert_close(half, model.encode(pixels()), atol=0.02, rtol=0.02)
 
 
 @torch.no_grad()
 def test_features_of_another_image_size_are_refused(model):
     with pytest.raises(ValueError, match=r"features have .*\(36, 128\).* built for \(16, 128\)"):
-        model.remember(pixels(size=96))
+        model.encode(pixels(size=96))
 
 
 @pytest.mark.parametrize(("size", "positions"), [(64, 16), (96, 36), (32, 4), (16, 1)])
@@ -211,7 +211,7 @@ def test_what_learns_gets_a_gradient_and_nothing_else_does(trained):
     torch.manual_seed(0)
     logits = model(pixels(), TOKENS, OWNER).logits
     cross_entropy(logits, TOKENS, 0.1).objective.backward()
-    learned = {name for name, _ in model.learned()}
+    learned = {name for name, _ in model.trainable_state()}
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (name in learned), name
         assert (parameter.grad is not None) == parameter.requires_grad, name
@@ -242,7 +242,7 @@ def test_batch_normalisation_of_a_pretrained_cnn_never_moves(trained):
 
 def test_what_was_learned_and_the_encoder_are_the_whole_model(model):
     fresh = build(model.config.decoder)
-    missing = fresh.load_state_dict(dict(model.learned()), strict=False)
+    missing = fresh.load_state_dict(dict(model.trainable_state()), strict=False)
     assert not missing.unexpected_keys and not missing.missing_keys
     assert_same(fresh.eval(), model.eval())
 

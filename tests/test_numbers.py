@@ -4,17 +4,18 @@ import time
 
 import pytest
 import torch
+from helpers.tiny import SMALL, assert_same_run, losses, picture, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import SMALL, assert_same_run, losses, picture, tiny_model
 
 import metrics
 import train
-from dataset import CaptionDataset, Record, get_loader
+from dataset import CaptionDataset, get_loader
+from decoding import DecodingConfig, decode, to_captions
 from encoder import image_transform
 from features import cached_features
-from generation import DecodingConfig, decode, spoken
 from losses import cross_entropy
+from readers import Record
 
 LINES = ("a red circle", "a blue square on a dog", "café", "zebra a a a")
 
@@ -47,8 +48,8 @@ def test_float16_features_give_what_float32_ones_give(decoder, records, tmp_path
         dataset = CaptionDataset(records, model.vocabulary, model.config.seq_len, **how)
         (batch,) = get_loader(dataset, len(records))
         loss = cross_entropy(model(batch.inputs, batch.tokens, batch.owner).logits, batch.tokens)
-        decoded = decode(model, model.remember(batch.inputs), DecodingConfig())
-        said.append((loss, spoken(model, decoded), batch.inputs.dtype))
+        decoded = decode(model, model.encode(batch.inputs), DecodingConfig())
+        said.append((loss, to_captions(model, decoded), batch.inputs.dtype))
     (half, ours, small), (full, theirs, large) = said
     assert (small, large) == (torch.float16, torch.float32)
     assert float(half.objective) == pytest.approx(float(full.objective), rel=5e-3)

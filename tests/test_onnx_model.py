@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import picture, run_script, tiny_model
+from helpers.tiny import picture, run_script, tiny_model
 
 import evaluate
 import export

@@ -16,15 +16,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.tiny import ROOT, as_flickr8k, picture
 from safetensors.torch import save_file
-from test_house import SCRIPTS
-from tiny import ROOT, as_flickr8k, picture
+from test_layout import SCRIPTS
 
 import app
-import files
 import inference
 from encoder import tiny
-from tables import read_table
+from readers import read_table
+from util import files
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "weights/README.md"]
 NOT_RUN = {
@@ -294,8 +294,9 @@ def test_what_the_readme_links_to_is_here():
 USE = """
 import sys
 from pathlib import Path
-import files, inference, train
-from layouts import load_split
+import inference, train
+from util import files
+from readers import load_split
 
 home, drawn = Path(sys.argv[1]), Path(sys.argv[2])
 small = sys.argv[3:]

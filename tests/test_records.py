@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from records import Record, Records
+from readers import Record, Records
 
 FOLDERS = [Path("data/one"), Path("/else where/two")]
 CAPTIONS = st.lists(st.text(max_size=9), max_size=4).map(tuple)

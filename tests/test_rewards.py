@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import SMALL, WORDS, assert_same_run, losses, run_code, tiny_model
+from helpers.tiny import SMALL, WORDS, assert_same_run, losses, run_code, tiny_model
 
 import train
-from dataset import Batch, Vocabulary
+from config import TrainConfig
+from dataset import Batch
 from decoder import DecoderConfig
-from decoding import END, NEVER, PAD, sample
+from decoding import NEVER, sample
 from encoder import Encoder
+from losses import OVER, Rewards, leave_one_out, reference_words
 from model import CaptionModel, read_checkpoint
-from records import Record
-from rewards import OVER, Rewards, leave_one_out, reference_words
-from trainer import TrainConfig, Trainer, without_dropout
+from readers import Record
+from trainer import Trainer, without_dropout
+from vocabulary import END, PAD, Vocabulary
 
 CAPTIONS = {
     "one": ("A dog runs .", "a brown dog runs on grass", "The dog's running!"),
@@ -54,7 +56,7 @@ def test_rewards_are_the_reference_scorers_with_the_end_as_a_word():
         for column in range(3):
             reference = scorer(n=4, sigma=6.0)
             for place, record in enumerate(RECORDS):
-                spoken = rewards.spoken(SAMPLES[row, column].tolist())
+                spoken = rewards.to_captions(SAMPLES[row, column].tolist())
                 said = " ".join(spoken) if record.image_id == name else ""
                 reference += (
                     said,
@@ -67,8 +69,8 @@ def test_rewards_are_the_reference_scorers_with_the_end_as_a_word():
 
 def test_a_caption_that_breaks_off_has_no_end_in_its_reward():
     rewards = Rewards(RECORDS, VOCABULARY)
-    assert rewards.spoken(SAMPLES[0, 0].tolist()) == ["a", "dog", "runs", OVER]
-    assert rewards.spoken(SAMPLES[0, 1].tolist()) == ["a", "man", "with", "a"]
+    assert rewards.to_captions(SAMPLES[0, 0].tolist()) == ["a", "dog", "runs", OVER]
+    assert rewards.to_captions(SAMPLES[0, 1].tolist()) == ["a", "man", "with", "a"]
     whole, broken = rewards(["three"], tokens("a man with a dog", "a man with a dog…")[None])[0]
     assert whole > broken > 0
 
@@ -80,7 +82,7 @@ def test_bleu_is_added_with_its_weight():
     for row in range(2):
         for column in range(3):
             reference = scorer(n=4)
-            said = " ".join(plain.spoken(SAMPLES[row, column].tolist()))
+            said = " ".join(plain.to_captions(SAMPLES[row, column].tolist()))
             reference += (said, [" ".join(words) for words in reference_words(plain.records[row])])
             bleu = reference.compute_score(option="closest", verbose=0)[0][3]
             assert float(more[row, column]) == pytest.approx(0.5 * bleu, abs=1e-6)
@@ -135,7 +137,7 @@ def test_drawn_captions_are_read_again_with_the_probability_they_were_drawn_with
     trainer, batch = trainer_of_two(amp=False)
     model = trainer.model
     without_dropout(model)
-    memory = model.remember(batch.inputs)
+    memory = model.encode(batch.inputs)
     spoken = sample(model.decoder, memory, max_words=8, n=4)
     start = torch.ones_like(spoken.tokens[..., :1])
     rows = torch.cat([start, spoken.tokens], -1).flatten(0, 1)
@@ -180,7 +182,7 @@ def test_dropout_is_off_and_all_else_as_in_training():
     model = tiny_model(decoder="lstm")
     without_dropout(model)
     assert model.decoder.lstm.training and not model.encoder.training
-    first, second = (model.remember(one_batch(model.vocabulary).inputs) for _ in range(2))
+    first, second = (model.encode(one_batch(model.vocabulary).inputs) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -220,7 +222,8 @@ def test_a_run_killed_in_the_second_stage_resumes_to_the_same_weights(
     folder = tmp_path / "run"
     code = f"""
         import os, signal, sys
-        import files, train, trainer
+        import train, trainer
+        from util import files
         step = trainer.Trainer.step
         def stopping(self, batch):
             step(self, batch)

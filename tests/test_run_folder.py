@@ -1,6 +1,7 @@
 """A run's folder stays whole: one run at a time, a full disk, a damaged state, bad losses."""
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import shutil
@@ -11,14 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SMALL, assert_same_run, run_script
+from helpers.tiny import SMALL, assert_same_run, run_script
 
-import files
-import plots
-import runs
 import train
 import trainer
-from settings import configure
+from util import checkpoints, files, plots
 
 if os.name == "posix":
     import resource
@@ -68,7 +66,7 @@ def hold(path: Path, held) -> None:
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(
     run, tmp_path, drawn, capsys, monkeypatch
 ):
-    monkeypatch.setattr(runs, "PATIENCE", 0.1)
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0.1)
     context = multiprocessing.get_context("fork")
     held = context.Event()
     first = context.Process(target=hold, args=(run / ".lock", held))
@@ -88,21 +86,23 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(
 def test_a_run_holds_its_folder_from_the_reading_of_data_to_the_last_score(
     run, drawn, monkeypatch, capsys
 ):
-    monkeypatch.setattr(runs, "PATIENCE", 0.1)
+    monkeypatch.setattr(checkpoints, "PATIENCE", 0.1)
     refused = []
 
     def meanwhile(name):
         original = getattr(train, name)
 
         def watched(*arguments):
-            with pytest.raises(ValueError, match="another run"), runs.run_folder(arguments_of_run):
+            with (
+                pytest.raises(ValueError, match="another run"),
+                checkpoints.run_folder(run, "shapes", resume=True),
+            ):
                 pass
             refused.append(name)
             return original(*arguments)
 
         monkeypatch.setattr(train, name, watched)
 
-    arguments_of_run = configure(["--resume", "--output", str(run), "--epochs", "3"])
     for name in ("load_data", "build", "finish_epoch", "finish"):
         meanwhile(name)
     train.main(["--resume", "--output", str(run), "--epochs", "3"])
@@ -111,13 +111,13 @@ def test_a_run_holds_its_folder_from_the_reading_of_data_to_the_last_score(
 
 def test_runs_without_a_name_take_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = configure(["--dataset", "shapes"])
-    with runs.run_folder(config) as first, runs.run_folder(config) as second:
+    new = functools.partial(checkpoints.run_folder, None, "shapes", resume=False)
+    with new() as first, new() as second:
         assert (str(first), str(second)) == ("runs/shapes", "runs/shapes-2")
-    with runs.run_folder(config) as third:
+    with new() as third:
         assert third == first  # nothing came of it
         (third / "best.safetensors").touch()
-    with runs.run_folder(config) as fourth:
+    with new() as fourth:
         assert fourth == second
 
 
@@ -237,7 +237,7 @@ def test_a_run_killed_before_its_first_state_begins_anew_with_or_without_resume(
     place = ["--output", str(tmp_path / "run")]
     (tmp_path / "run").mkdir()
     shutil.copy(whole / "config.json", tmp_path / "run")
-    with runs.run_folder(configure([*SMALL, "--data-dir", str(drawn), *place])) as folder:
+    with checkpoints.run_folder(tmp_path / "run", "shapes", resume=False) as folder:
         assert folder == tmp_path / "run"
     train.main(["--resume", *place])
     assert "has no training state yet" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from toy import (
+from helpers.toy import (
     DETERMINISTIC,
     MAX_WORDS,
     METHODS,
@@ -20,21 +20,11 @@ from toy import (
     repeats,
     rescored,
     same,
-    spoken,
 )
 
 import decoding
-from decoding import (
-    END,
-    PAD,
-    START,
-    UNK,
-    Decoded,
-    Ensemble,
-    State,
-    beam_search,
-    greedy,
-)
+from decoding import Decoded, Ensemble, State, beam_search, greedy, to_captions
+from vocabulary import END, PAD, START, UNK
 
 PENALTIES = (0.0, 0.7, 1.0)
 
@@ -70,7 +60,7 @@ def test_a_wide_beam_finds_the_best_of_all_captions_in_order(penalty, seed):
     decoded = beam_search(
         toy, memory, max_words=MAX_WORDS, beam_size=120, n=20, length_penalty=penalty
     )
-    for row, found in enumerate(spoken(decoded)):
+    for row, found in enumerate(to_captions(decoded)):
         captions = every_caption(toy, memory[row : row + 1])
         assert found == ranked(captions, penalty)[:20]
         expected = torch.tensor([captions[each] for each in found])
@@ -83,8 +73,8 @@ def test_a_wide_beam_finds_the_best_caption_without_a_repeated_ngram(penalty, ng
     # Saying a word again is likely here, so that blocking has something to block.
     toy, memory = Toy(seed=5, bias={SPECIALS: 3.0}), images(3)
     settings = {"max_words": 5, "min_words": 3, "beam_size": 400, "length_penalty": penalty}
-    free = spoken(beam_search(toy, memory, **settings))
-    blocked = spoken(beam_search(toy, memory, no_repeat_ngram=ngram, **settings))
+    free = to_captions(beam_search(toy, memory, **settings))
+    blocked = to_captions(beam_search(toy, memory, no_repeat_ngram=ngram, **settings))
     for row, (found,) in enumerate(blocked):
         captions = every_caption(toy, memory[row : row + 1], 5, 3)
         allowed = {each: value for each, value in captions.items() if not repeats(each, ngram)}
@@ -119,7 +109,7 @@ def narrow(toy, memory, beam_size: int, longest: int) -> dict[tuple, float]:
 def test_a_narrow_beam_is_the_same_as_one_of_lists_and_loops(beam_size, end):
     toy, memory = Toy(words=6, seed=3), images(4, end=end)
     decoded = beam_search(toy, memory, max_words=6, beam_size=beam_size, n=beam_size)
-    for row, found in enumerate(spoken(decoded)):
+    for row, found in enumerate(to_captions(decoded)):
         captions = narrow(toy, memory[row : row + 1], beam_size, 6)
         assert found == ranked(captions, 0)[:beam_size]
 
@@ -129,7 +119,7 @@ def test_a_beam_may_be_larger_than_the_vocabulary(beam_size):
     """Of two words and up to two in a caption there are six captions, and no more are made up."""
     toy, memory = Toy(words=2), images()
     decoded = beam_search(toy, memory, max_words=2, beam_size=beam_size, n=beam_size)
-    for row, captions in enumerate(spoken(decoded)):
+    for row, captions in enumerate(to_captions(decoded)):
         assert len(captions) == min(6, beam_size) == len(set(captions))
         assert (decoded.log_prob[row, 6:] == -math.inf).all()
         assert (decoded.tokens[row, 6:] == PAD).all()
@@ -140,7 +130,7 @@ def test_a_beam_may_be_larger_than_the_vocabulary(beam_size):
 def test_samples_come_as_often_as_they_are_probable():
     toy, memory = Toy(), images(2)
     decoded = draw(toy, memory, max_words=2, n=8000)
-    for row, found in enumerate(spoken(decoded)):
+    for row, found in enumerate(to_captions(decoded)):
         captions = every_caption(toy, memory[row : row + 1], 2)
         # Words that may not be said leave their share to the others, at each word anew.
         for first in range(SPECIALS, len(toy.bias)):
@@ -182,7 +172,7 @@ def test_a_long_caption_wins_where_its_mean_is_better_though_shorter_ones_are_co
 
     def best(penalty):
         settings = {"max_words": 4, "beam_size": 2, "length_penalty": penalty}
-        return spoken(beam_search(Table(), torch.zeros(1, 1), **settings))[0][0]
+        return to_captions(beam_search(Table(), torch.zeros(1, 1), **settings))[0][0]
 
     assert best(0) == best(0.7) == (4,)
     assert best(3) == (4, 5, 5, 5)
@@ -220,7 +210,7 @@ def test_sampling_without_chance_is_greedy(settings):
 def test_log_prob_is_that_of_the_tokens(method, ngram):
     toy, memory = Toy(words=6, seed=2), images()
     decoded = method(toy, memory, max_words=6, no_repeat_ngram=ngram)
-    for row, captions in enumerate(spoken(decoded)):
+    for row, captions in enumerate(to_captions(decoded)):
         expected = [rescored(toy, memory[row : row + 1], each) for each in captions]
         torch.testing.assert_close(
             decoded.log_prob[row], torch.tensor(expected), atol=1e-5, rtol=1e-5
@@ -230,7 +220,7 @@ def test_log_prob_is_that_of_the_tokens(method, ngram):
 def test_log_prob_of_samples_is_the_models_own_at_any_temperature():
     toy, memory = Toy(words=6), images()
     decoded = draw(toy, memory, max_words=5, n=3, temperature=3.0, top_k=4, top_p=0.9)
-    for row, captions in enumerate(spoken(decoded)):
+    for row, captions in enumerate(to_captions(decoded)):
         expected = [rescored(toy, memory[row : row + 1], each) for each in captions]
         torch.testing.assert_close(
             decoded.log_prob[row], torch.tensor(expected), atol=1e-5, rtol=1e-5
@@ -242,8 +232,8 @@ def test_the_words_of_a_caption_are_as_probable_by_any_method():
     toy, memory = Toy(), images()
     every = beam_search(toy, memory, max_words=3, beam_size=39, n=39)
     drawn = draw(toy, memory, max_words=3, n=20)
-    for row, captions in enumerate(spoken(drawn)):
-        known = dict(zip(spoken(every)[row], every.log_prob[row].tolist(), strict=True))
+    for row, captions in enumerate(to_captions(drawn)):
+        known = dict(zip(to_captions(every)[row], every.log_prob[row].tolist(), strict=True))
         for caption, log_prob in zip(captions, drawn.log_prob[row].tolist(), strict=True):
             assert known[caption] == pytest.approx(log_prob, abs=1e-5)
 
@@ -263,7 +253,7 @@ def test_an_image_has_the_same_captions_alone_and_in_any_batch(name):
     together = method(toy, memory, max_words=12)
     order = [4, 2, 0, 5, 3, 1]
     shuffled = method(toy, memory[order], max_words=12)
-    lengths = [len(each[0]) for each in spoken(together)]
+    lengths = [len(each[0]) for each in to_captions(together)]
     assert (len(set(lengths)) > 2 and max(lengths) == 12) or name == "wide beam"
     for row in range(len(memory)):
         alone = method(toy, memory[row : row + 1], max_words=12)
@@ -286,7 +276,9 @@ def test_an_ensemble_gives_each_word_the_mean_of_its_probabilities(method):
     toys = [Toy(words=6), Toy(words=6, seed=5)]
     memory = (mixed(), images(len(mixed()), seed=9))
     decoded = method(Ensemble(toys), memory, max_words=6)
-    for row, (captions, scores) in enumerate(zip(spoken(decoded), decoded.log_prob, strict=True)):
+    for row, (captions, scores) in enumerate(
+        zip(to_captions(decoded), decoded.log_prob, strict=True)
+    ):
         alone = tuple(part[row : row + 1] for part in memory)
         assert float(scores[0]) == pytest.approx(rescored_by_hand(toys, alone, captions[0]))
 
@@ -322,7 +314,7 @@ def test_the_n_best_differ_and_come_best_first(penalty):
     decoded = beam_search(
         Toy(words=8), images(), max_words=8, beam_size=6, n=6, length_penalty=penalty
     )
-    for captions, scores in zip(spoken(decoded), decoded.log_prob.tolist(), strict=True):
+    for captions, scores in zip(to_captions(decoded), decoded.log_prob.tolist(), strict=True):
         assert len(set(captions)) == len(captions) == 6
         values = [
             score / (len(each) + 1) ** penalty for each, score in zip(captions, scores, strict=True)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import scene_parser
+from helpers import scene_parser
+from helpers.scene_parser import Noun, is_true, parse
 from PIL import Image
-from scene_parser import Noun, is_true, parse
 
-import shapes
+from util import shapes
 
 ROOT = Path(shapes.__file__).parent
 SIDE = shapes.IMAGE_SIZE
@@ -192,7 +192,7 @@ def test_the_same_seed_draws_the_same_bytes_and_another_seed_draws_others(drawn,
 
 
 def test_a_picture_does_not_depend_on_how_many_are_drawn_or_on_the_hash_seed(drawn, tmp_path):
-    code = "import sys, shapes; shapes.draw(sys.argv[1], train=3, val=0, test=2)"
+    code = "import sys; from util import shapes; shapes.draw(sys.argv[1], train=3, val=0, test=2)"
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
         check=True,

@@ -16,14 +16,15 @@ import threading
 from pathlib import Path
 
 import pytest
-from tiny import run_code, run_script
+from helpers.tiny import run_code, run_script
 
 import features
-import files
+import readers
 import shard_writer
 import shards
-from layouts import load_split
-from records import SPLITS, Records
+from readers import Records, load_split
+from shards import SPLITS
+from util import files
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_the_webdataset_library_reads_them(written, drawn):
 
 
 def test_the_list_has_the_order_of_the_tars(written):
-    listed = shards.listed(str(written), "train")
+    listed = readers.listed(str(written), "train")
     rows = iter(listed)
     for shard in shards.read_index(str(written)).splits["train"]:
         with tarfile.open(written / shard.name) as tar:
@@ -80,10 +81,10 @@ def test_the_list_has_the_order_of_the_tars(written):
 
 
 def test_images_are_in_an_order_by_chance_and_by_seed(written, drawn, tmp_path):
-    ids = [record.image_id for record in shards.listed(str(written), "train")]
+    ids = [record.image_id for record in readers.listed(str(written), "train")]
     assert sorted(ids) != ids
     write(drawn, tmp_path / "other", "--seed", "1")
-    other = [record.image_id for record in shards.listed(str(tmp_path / "other"), "train")]
+    other = [record.image_id for record in readers.listed(str(tmp_path / "other"), "train")]
     assert sorted(other) == sorted(ids) and other != ids
 
 
@@ -143,7 +144,7 @@ def test_images_that_cannot_be_read_are_left_out(drawn, tmp_path, caplog):
         index = shard_writer.write_shards({"train": plain}, tmp_path / "made", "csv", shard_size=50)
     assert caplog.messages == ["left out: 1 of 120 images can't be read: 7.png"]
     assert sum(shard.images for shard in index.splits["train"]) == 119
-    assert len(shards.unpacked(str(tmp_path / "made"), "train", tmp_path / "cache")) == 119
+    assert len(readers.unpacked(str(tmp_path / "made"), "train", tmp_path / "cache")) == 119
     plain[8] = plain[7]._replace(image_id="other.png")
     with pytest.raises(ValueError, match="2 of 120 images can't be read: .*7.png"):
         shard_writer.write_shards({"train": plain}, tmp_path / "worse", "csv")
@@ -187,7 +188,7 @@ def test_an_address_gives_what_the_folder_gives(written, drawn, tmp_path, monkey
     with served(written) as address:
         records = load_split("shards", address, "val", cache_dir=tmp_path / "http")
         assert by_id(records) == expected
-        assert shards.listed(f"{address}/{{}}", "train") == shards.listed(str(written), "train")
+        assert readers.listed(f"{address}/{{}}", "train") == readers.listed(str(written), "train")
         with pytest.raises(OSError, match=r"nothing/index.json can't be read .*code 22"):
             load_split("shards", f"{address}/nothing", "val", cache_dir=tmp_path)
     pipe = f"pipe:cat {shlex.quote(str(written))}/{{}}"
@@ -257,7 +258,7 @@ def test_a_list_of_another_kind_says_so(row, written, tmp_path):
     folder = copied(written, tmp_path / "made")
     (folder / "val.jsonl.gz").write_bytes(gzip.compress(row.encode()))
     with pytest.raises(ValueError, match=r"val\.jsonl\.gz is not a list of captions"):
-        shards.listed(str(folder), "val")
+        readers.listed(str(folder), "val")
 
 
 def test_a_list_cut_short_or_too_short_says_so(written, tmp_path):
@@ -266,14 +267,14 @@ def test_a_list_cut_short_or_too_short_says_so(written, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     with pytest.raises(ValueError, match=r"val\.jsonl\.gz is not a list .*or damaged"):
-        shards.listed(str(folder), "val")
+        readers.listed(str(folder), "val")
     rows = gzip.decompress(whole).splitlines(keepends=True)
     path.write_bytes(gzip.compress(b"".join(rows[1:])))
     with pytest.raises(ValueError, match=r"val\.jsonl\.gz has fewer images than index\.json"):
-        shards.listed(str(folder), "val")
+        readers.listed(str(folder), "val")
     path.write_bytes(gzip.compress(b"".join([*rows, rows[0]])))
     with pytest.raises(ValueError, match=r"val\.jsonl\.gz has more images than index\.json"):
-        shards.listed(str(folder), "val")
+        readers.listed(str(folder), "val")
 
 
 def test_a_hostile_tar_puts_nothing_anywhere(written, tmp_path):
@@ -324,7 +325,8 @@ def test_an_image_too_large_is_left_out(written, tmp_path, monkeypatch):
 def test_a_full_disk_is_one_line_and_leaves_no_half_shard(drawn, tmp_path):
     code = """
         import resource, signal, sys
-        import features, files
+        import features
+        from util import files
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
         files.run(lambda: features.main(sys.argv[1:]))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny import picture
 from safetensors import safe_open
-from tiny import picture
 
 from inference import SHIPPED, Captioner
 

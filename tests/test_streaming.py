@@ -6,19 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny import SMALL, assert_same_run, losses, run_code
 from hypothesis import given
 from hypothesis import strategies as st
 from test_shards import copied, served, written  # noqa: F401
-from tiny import SMALL, assert_same_run, losses, run_code
 
+import readers
 import shards
 import streaming
 import train
-from dataset import CaptionDataset, Vocabulary
+from dataset import CaptionDataset
 from encoder import image_transform
-from images import read_image
-from layouts import load_split
-from streaming import chance, cut, mixed, segments, stream_loader
+from readers import load_split
+from streaming import cut, mixed, segments, stream_loader
+from util.images import read_image
+from util.seeding import seeded_generator
+from vocabulary import Vocabulary
 
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=8)
 
@@ -29,7 +32,7 @@ def epoch(counts, world: int, batch_size: int = 4, **how) -> list[list[np.ndarra
     for rank in range(world):
         parts = segments(counts, rank=rank, world=world, **how)
         rows = np.array([row for _, start, stop in parts for row in range(start, stop)], np.int64)
-        rows = mixed(rows, chance(rank), 5)
+        rows = mixed(rows, seeded_generator(rank), 5)
         ranks.append(cut(rows, sum(counts), batch_size, rank, world))
     return ranks
 
@@ -49,7 +52,7 @@ def test_ranks_part_the_epoch_exactly_and_each_batch_is_whole(counts, world, bat
 
 @given(st.integers(0, 60), st.integers(1, 20), st.integers(0, 9))
 def test_the_buffer_never_gives_what_it_cannot_hold(count, size, seed):
-    rows = mixed(np.arange(count), chance(seed), size)
+    rows = mixed(np.arange(count), seeded_generator(seed), size)
     assert sorted(rows.tolist()) == list(range(count))
     assert all(row < place + size for place, row in enumerate(rows.tolist()))
 
@@ -63,7 +66,7 @@ def test_orders_differ_by_epoch_and_are_the_same_each_time():
 
 
 def stream(root, **how):
-    records = how.pop("records", None) or shards.listed(str(root), "train")
+    records = how.pop("records", None) or readers.listed(str(root), "train")
     words = Vocabulary.build((line for record in records for line in record.captions), 1)
     crop = how.pop("crop", False)
     dataset = CaptionDataset(
@@ -146,7 +149,7 @@ def test_only_the_shards_that_are_needed_are_opened(written, monkeypatch):  # no
     list(stream(written, rank=0, world=3))
     assert len(opened) < 3
     opened.clear()
-    list(stream(written, records=shards.listed(str(written), "train")[:10]))
+    list(stream(written, records=readers.listed(str(written), "train")[:10]))
     assert opened == ["train-000000.tar"]
 
 
@@ -158,7 +161,7 @@ def test_a_missing_image_is_left_out_and_too_many_are_an_error(written, tmp_path
         with pytest.raises(ValueError, match="of 24 images of the shards can't be read: .*png"):
             list(stream(folder, workers=workers))
     monkeypatch.setattr(streaming, "MAX_LEFT_OUT", 0.5)
-    monkeypatch.setattr("records.MAX_LEFT_OUT", 0.5)
+    monkeypatch.setattr("readers.MAX_LEFT_OUT", 0.5)
     assert 14 < len(flat(stream(folder))) < 24
 
 
@@ -176,7 +179,8 @@ STREAMED = [*SMALL[2:], "--dataset", "shards", "--cnn-backbone", "tiny", "--cnn-
             "--img-size", "64", "--min-count", "1", "--no-augment", "--workers", "1"]  # fmt: skip
 STOPPED = """
     import os, signal, sys
-    import files, train, trainer
+    import train, trainer
+    from util import files
     step = trainer.Trainer.step
     def stopping(self, batch):
         step(self, batch)

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.scene_parser import is_true
+from helpers.tiny import SMALL, as_flickr8k, assert_same_run, losses, run_code
 from PIL import Image
-from scene_parser import is_true
-from tiny import SMALL, as_flickr8k, assert_same_run, losses, run_code
 
-import files
 import inference
 import train
+from config import PRESETS, TrainConfig
 from dataset import Batch
 from decoder import DECODERS, DecoderConfig
 from encoder import build_trunk
 from model import CaptionModel, read_checkpoint
-from presets import PRESETS
-from trainer import TrainConfig, Trainer
+from trainer import Trainer
+from util import files
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,8 @@ def whole(drawn, tmp_path_factory) -> Path:
 
 STOPPED = """
     import os, signal, sys
-    import files, train, trainer
+    import train, trainer
+    from util import files
     step = trainer.Trainer.step
     def stopping(self, batch):
         step(self, batch)
@@ -126,7 +127,8 @@ def test_a_new_run_never_takes_a_folder_in_use(whole, drawn):
 
 FULL_DISK = """
     import resource, signal, sys
-    import files, train
+    import train
+    from util import files
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     original = train.save_state
     def save(folder, state):
@@ -216,8 +218,8 @@ def test_resume_with_other_cnn_weights_is_refused(resnet, drawn, tmp_path):
 
 
 def tiny_trainer(decoder="transformer", device="cpu", **changes) -> Trainer:
-    from dataset import Vocabulary
     from encoder import Encoder
+    from vocabulary import Vocabulary
 
     sizes = DecoderConfig(
         decoder, d_model=8, n_head=2, n_decode=1, fc_dim=8, dropout=0.0, seq_len=4
@@ -249,7 +251,7 @@ BATCH = Batch(
 def test_without_an_average_the_weights_themselves_are_lent():
     trainer = tiny_trainer(ema=0.0)
     trainer.step(BATCH)
-    for name, tensor in trainer.model.learned():
+    for name, tensor in trainer.model.trainable_state():
         assert torch.equal(trainer.average[name], tensor)
 
 
@@ -259,7 +261,7 @@ def test_the_average_follows_its_formula_and_is_lent_and_given_back():
     for step in range(3):
         trainer.step(BATCH)
         decay = min(0.9, (2 + step) / (11 + step))
-        for name, tensor in trainer.model.learned():
+        for name, tensor in trainer.model.trainable_state():
             if tensor.is_floating_point():
                 expected[name] = decay * expected[name] + (1 - decay) * tensor
     own = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}

@@ -1,0 +1,217 @@
+"""COCO and Flickr30k on disk: ids, splits, several image folders, and what is said of bad files."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.tiny import as_flickr8k
+from PIL import Image
+
+import evaluate
+import train
+from encoder import build_trunk
+from readers import SplitMissingError, load_split
+from util import shapes
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), (120, 90, 30)).save(path)
+
+
+def captions_of(number: int) -> list[str]:
+    return [f"a picture of number {number}", f"number {number} , again ."]
+
+
+def annotations(numbers: range, year: int, part: str) -> dict:
+    form = "COCO_{part}{year}_{number:012}.jpg" if year == 2014 else "{number:012}.jpg"
+    names = {number: form.format(part=part, year=year, number=number) for number in numbers}
+    images = [{"id": number, "file_name": name} for number, name in names.items()]
+    lines = [
+        {"image_id": number, "caption": line} for number in numbers for line in captions_of(number)
+    ]
+    return {"images": images, "annotations": lines}
+
+
+@pytest.fixture(params=[(2014, "annotations"), (2017, "annotations2017")])
+def official(request, tmp_path) -> Path:
+    year, folder = request.param
+    for part, numbers in (("train", range(1, 9)), ("val", range(100, 110))):
+        value = annotations(numbers, year, part)
+        path = tmp_path / folder / f"captions_{part}{year}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(value))
+        for image in value["images"]:
+            picture(tmp_path / f"{part}{year}" / image["file_name"])
+    return tmp_path
+
+
+def test_official_annotations_give_integer_ids_and_all_captions(official):
+    records = load_split("coco", official, "train")
+    assert [record.image_id for record in records] == list(range(1, 9))
+    assert all(list(record.captions) == captions_of(record.image_id) for record in records)
+    assert all(record.path.is_file() for record in records)
+
+
+def test_val_is_parted_into_val_and_test(official):
+    val, test = (
+        {record.image_id for record in load_split("coco", official, split)}
+        for split in ("val", "test")
+    )
+    assert len(val) == len(test) == 5 and val | test == set(range(100, 110))
+    other = {record.image_id for record in load_split("coco", official, "test", split_seed=1)}
+    assert other != test
+
+
+def test_karpathys_splits_win_and_restval_joins_train_from_its_own_folder(official):
+    named = {100: "restval", 101: "val", 102: "test"}
+    images = [
+        {"cocoid": cocoid, "split": split, "filename": path.name, "filepath": path.parent.name,
+         "sentences": [{"raw": line} for line in captions_of(cocoid)]}
+        for path in sorted(official.glob("*201?/*.jpg"))
+        for cocoid in [int(path.stem.split("_")[-1])]
+        for split in [named.get(cocoid, "train" if cocoid < 9 else "no")]
+    ]  # fmt: skip
+    (official / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    records = load_split("coco", official, "train")
+    assert {record.image_id for record in records} == {*range(1, 9), 100}
+    assert all(record.path.is_file() for record in records)
+    assert [record.image_id for record in load_split("coco", official, "val")] == [101]
+    assert [record.image_id for record in load_split("coco", official, "test")] == [102]
+
+
+def test_coco_trains_to_its_end(official):
+    flags = ["--dataset", "coco", "--data-dir", str(official), "--output", str(official / "run"),
+             "--cnn-backbone", "tiny", "--cnn-weights", "none", "--epochs", "1", "--min-count",
+             "1", "--d-model", "16", "--n-head", "2", "--n-decode", "1"]  # fmt: skip
+    train.main(flags)
+    assert {"val", "test"} == json.loads((official / "run/scores.json").read_text()).keys()
+
+
+def as_coco(flickr8k: Path, folder: Path) -> Path:
+    """Write a Flickr8k folder (train and dev lists, captions, photographs) out as COCO 2014."""
+    number = 0
+    for part, split in (("train", "train"), ("val", "val")):
+        value: dict = {"images": [], "annotations": []}
+        (folder / f"{part}2014").mkdir(parents=True)
+        for record in load_split("flickr8k", flickr8k, split):
+            number += 7
+            name = f"COCO_{part}2014_{number:012}.jpg"
+            (folder / f"{part}2014" / name).write_bytes(record.path.read_bytes())
+            value["images"].append({"id": number, "file_name": name, "flickr": record.image_id})
+            value["annotations"] += [
+                {"id": number * 10 + place, "image_id": number, "caption": line}
+                for place, line in enumerate(record.captions)
+            ]
+        (folder / "annotations").mkdir(exist_ok=True)
+        (folder / f"annotations/captions_{part}2014.json").write_text(json.dumps(value))
+    return folder
+
+
+def with_cocos_splits(flickr8k: Path, coco: Path) -> None:
+    """Give a Flickr8k folder the dev and test lists that COCO's val is parted into."""
+    names = {
+        image["id"]: image["flickr"]
+        for image in json.loads((coco / "annotations/captions_val2014.json").read_text())["images"]
+    }
+    for split, word in (("val", "dev"), ("test", "test")):
+        listed = [names[record.image_id] for record in load_split("coco", coco, split)]
+        path = flickr8k / f"Flickr8k_text/Flickr_8k.{word}Images.txt"
+        path.write_text("\n".join(listed))
+
+
+def test_photographs_in_cocos_layout_train_and_evaluate_to_the_very_same_numbers(tmp_path):
+    drawn = shapes.draw(tmp_path / "drawn", train=16, val=12, test=1)
+    flickr8k = as_flickr8k(drawn, tmp_path / "flickr8k", ("train", "dev"))
+    coco = as_coco(flickr8k, tmp_path / "coco")
+    with_cocos_splits(flickr8k, coco)
+    torch.manual_seed(0)
+    torch.save(build_trunk("resnet18").state_dict(), tmp_path / "cnn.pth")
+    reports, tables = [], []
+    for dataset, data in (("flickr8k", flickr8k), ("coco", coco)):
+        run, json_file = tmp_path / f"run-{dataset}", tmp_path / f"{dataset}.json"
+        train.main([
+            "--dataset", dataset, "--data-dir", str(data), "--output", str(run), "--cache-dir",
+            str(tmp_path / "cache"), "--cnn-weights", str(tmp_path / "cnn.pth"), "--cnn-backbone",
+            "resnet18", "--img-size", "64", "--epochs", "2", "--min-count", "1", "--d-model", "16",
+            "--n-head", "2", "--n-decode", "1", "--batch-size", "5", "--views", "1",
+        ])  # fmt: skip
+        evaluate.main([
+            "--dataset", dataset, "--data-dir", str(data), "--checkpoint", str(run), "--split",
+            "test", "--json", str(json_file), "--no-java",
+        ])  # fmt: skip
+        report = json.loads(json_file.read_text())
+        assert report.pop("dataset") == dataset
+        reports.append((report, json.loads((run / "scores.json").read_text())))
+        with (run / "metrics.csv").open() as file:
+            tables.append([{**row, "seconds": None} for row in csv.DictReader(file)])
+    assert reports[0] == reports[1] and tables[0] == tables[1]
+    assert len(tables[0]) == 2 and reports[0][0]["images"] == 6
+
+
+def test_annotations_whose_ids_match_nothing_are_refused(official):
+    path = next(official.glob("*/captions_train*.json"))
+    value = json.loads(path.read_text())
+    for one in value["annotations"]:
+        one["image_id"] += 5000
+    path.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match="no caption's image_id is the id of an image"):
+        load_split("coco", official, "train")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"images": [{"id": 1}], "annotations": []}', "<html>"])
+def test_a_file_that_is_no_annotation_is_named(official, text):
+    path = next(official.glob("*/captions_val*.json"))
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"captions_val.* is not a"):
+        load_split("coco", official, "val")
+
+
+def test_an_absent_split_is_named(tmp_path):
+    with pytest.raises(SplitMissingError, match=r"COCO's val split in .* captions_val2014"):
+        load_split("coco", tmp_path, "val")
+
+
+def test_flickr30k_is_read_from_karpathys_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no dataset_flickr30k.json in"):
+        load_split("flickr30k", tmp_path, "train")
+    images = [
+        {"filename": f"{n}.jpg", "split": "test" if n == 3 else "train",
+         "sentences": [{"raw": line} for line in captions_of(n)]}
+        for n in range(4)
+    ]  # fmt: skip
+    (tmp_path / "karpathy").mkdir()
+    (tmp_path / "karpathy/dataset_flickr30k.json").write_text(json.dumps({"images": images}))
+    for n in range(4):
+        picture(tmp_path / f"flickr30k-images/{n}.jpg")
+    assert [record.image_id for record in load_split("flickr30k", tmp_path, "test")] == ["3.jpg"]
+    assert len(load_split("flickr30k", tmp_path, "train")) == 3
+
+
+def test_captions_of_images_that_are_not_listed_are_left_out_with_a_line(official, caplog):
+    path = next(official.glob("annotations*/captions_train*.json"))
+    value = json.loads(path.read_text())
+    value["annotations"].append({"image_id": 77, "caption": "a stranger"})
+    path.write_text(json.dumps(value))
+    assert len(load_split("coco", official, "train")) == 8
+    assert "left out: captions of 1 images that" in caplog.text and "id 77" in caplog.text
+
+
+def test_two_images_of_one_name_are_named(official):
+    path = next(official.glob("annotations*/captions_train*.json"))
+    value = json.loads(path.read_text())
+    value["images"][1]["file_name"] = "elsewhere/" + value["images"][0]["file_name"]
+    path.write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=r"the images 1 and 2 of the train split .* one file name"):
+        load_split("coco", official, "train")
+
+
+@pytest.mark.parametrize("image", [{"id": 1e999, "file_name": "a"}, {"id": 1, "file_name": 3}])
+def test_ids_and_names_that_are_none_are_told(image, official):
+    path = next(official.glob("annotations*/captions_train*.json"))
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"images": [*value["images"], image]}))
+    with pytest.raises(ValueError, match=r"captions_train.* is not a COCO captions file"):
+        load_split("coco", official, "train")

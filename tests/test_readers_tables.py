@@ -1,0 +1,181 @@
+"""Anybody's photographs: a table describes them, in any of three forms, and faults have lines."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from test_readers_coco import picture
+
+import train
+from readers import SplitMissingError, load_split, read_table
+
+ROWS = [
+    ("a.jpg", 'a "red" thing, and more', "train"),
+    ("a.jpg", "लाल गेंद", "train"),
+    ("deep/er/b.jpg", "красный мяч", "dev"),
+    ("c d.jpg", "一个红色的球", "test"),
+    ("deep/er/b.jpg", "tab\tand\nline", "validation"),
+]
+
+
+def write_csv(path: Path, rows=ROWS, header=("image", "caption", "split")) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        table.writerows([header, *rows])
+    return path
+
+
+def write_jsonl(path: Path, rows=ROWS, header=("image", "caption", "split")) -> Path:
+    lines = [json.dumps(dict(zip(header, row, strict=True)), ensure_ascii=False) for row in rows]
+    path.write_text("\n".join(lines) + "\n\n", encoding="utf-8")
+    return path
+
+
+FORMS = {"captions.csv": write_csv, "captions.tsv": write_csv, "captions.jsonl": write_jsonl}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder of three photographs."""
+    for name in ("a.jpg", "deep/er/b.jpg", "c d.jpg"):
+        picture(tmp_path / name)
+    return tmp_path
+
+
+def contents(root: Path) -> dict:
+    return {
+        split: {record.image_id: record.captions for record in load_split("csv", root, split)}
+        for split in ("train", "val", "test")
+    }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_holds_the_same_captions_and_splits(form, folder):
+    path = FORMS[form](folder / form)
+    assert contents(folder) == contents(path) == {
+        "train": {"a.jpg": ('a "red" thing, and more', "लाल गेंद")},
+        "val": {"deep/er/b.jpg": ("красный мяч", "tab\tand\nline")},
+        "test": {"c d.jpg": ("一个红色的球",)},
+    }  # fmt: skip
+
+
+def test_columns_come_in_any_order_and_case_among_others(folder):
+    rows = [(7, split, line, image) for image, line, split in ROWS]
+    write_csv(folder / "captions.csv", rows, ("id", "Split", "CAPTION", " Image "))
+    other = folder / "other"
+    other.mkdir()
+    for name in ("a.jpg", "deep/er/b.jpg", "c d.jpg"):
+        picture(other / name)
+    write_csv(other / "captions.csv")
+    assert contents(folder) == contents(other)
+
+
+def test_a_table_may_be_as_spreadsheets_leave_it(folder):
+    text = "image,caption,split,,\na.jpg,a dog,train,,\n,,,,\n  ,,,,\n"
+    (folder / "my.csv").write_text(text)
+    (folder / "._my.csv").write_bytes(b"\0\1")  # a Mac's leftover
+    (record,) = load_split("csv", folder, "train")
+    assert record.captions == ("a dog",)
+
+
+def test_keys_of_json_lines_may_be_in_upper_case(folder):
+    (folder / "captions.jsonl").write_text('{"Image": "a.jpg", "CAPTION": "a", "Split": "Train"}\n')
+    assert len(load_split("csv", folder, "train")) == 1
+
+
+def test_a_table_of_any_name_is_found_if_it_is_the_only_one(folder):
+    write_csv(folder / "my photos.csv")
+    assert len(load_split("csv", folder, "train")) == 1
+    write_jsonl(folder / "b.jsonl")
+    with pytest.raises(ValueError, match=r"several tables in .*: b\.jsonl, my photos\.csv"):
+        load_split("csv", folder, "train")
+    write_csv(folder / "captions.csv")
+    assert len(load_split("csv", folder, "train")) == 1
+
+
+def test_images_may_lie_in_a_folder_beside_the_table_and_have_detours(folder):
+    rows = [("./x/../a.jpg", "one", "train"), (f"{folder}/a.jpg", "two", "train")]
+    (folder / "photos").mkdir()
+    (folder / "a.jpg").rename(folder / "photos/a.jpg")
+    write_csv(folder / "captions.csv", rows)
+    (record,) = load_split("csv", folder, "train")
+    assert record.captions == ("one", "two") and record.path == folder / "photos/a.jpg"
+
+
+def test_without_a_split_column_images_are_split_by_the_seed(tmp_path):
+    rows = [(f"{number}.jpg", f"number {number}") for number in range(16) for _ in range(3)]
+    for name, _ in rows:
+        picture(tmp_path / name)
+    write_csv(tmp_path / "captions.csv", rows, ("image", "caption"))
+    sizes = {split: len(images) for split, images in contents(tmp_path).items()}
+    assert sizes == {"train": 12, "val": 2, "test": 2}
+    first, again, other = (load_split("csv", tmp_path, "test", seed) for seed in (0, 0, 1))
+    assert first == again != other
+    write_csv(tmp_path / "captions.csv", [(*row, "") for row in rows])
+    assert load_split("csv", tmp_path, "test") == first
+
+
+def test_captions_in_any_script_train_and_print(tmp_path, capsys):
+    lines = ["लाल गेंद", "красный мяч", "一个 红色 的 球", "كرة حمراء", "κόκκινη μπάλα"]
+    rows = [(f"{n}.png", line, part) for n in range(4) for line in lines
+            for part in [("train", "train", "train", "test")[n]]]  # fmt: skip
+    for name, *_ in rows:
+        picture(tmp_path / name)
+    write_csv(tmp_path / "captions.csv", rows)
+    train.main([
+        "--dataset", "csv", "--data-dir", str(tmp_path), "--output", str(tmp_path / "run"),
+        "--cnn-backbone", "tiny", "--cnn-weights", "none", "--epochs", "8", "--min-count", "1",
+        "--d-model", "32", "--n-decode", "1", "--lr", "0.01", "--ema", "0",
+    ])  # fmt: skip
+    said = capsys.readouterr().out
+    assert "BLEU-4" in said and any(line in said for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("captions.csv", "photo,text\na.jpg,a dog\n", "must name the columns image,caption"),
+        ("captions.csv", "image,caption,caption\na.jpg,a,b\n", "each once"),
+        ("captions.csv", "", "must name the columns"),
+        ("captions.csv", "image,caption\n", "holds no captions"),
+        ("captions.csv", "image,caption\na.jpg,a dog, a cat\n", r"line 2 .*has 3 columns"),
+        ("captions.csv", "image,caption\n../a.jpg,a dog\n", r"'\.\./a\.jpg' leaves the dataset's"),
+        ("captions.csv", "image,caption\n/etc/a.jpg,a dog\n", r"leaves the dataset's folder"),
+        ("captions.csv", "image,caption\nx/../../a.jpg,a\n", r"leaves the dataset's folder"),
+        ("captions.tsv", "image,caption\na.jpg,a dog\n", r"must name the columns image\tcaption"),
+        ("captions.csv", "image,caption,split\na.jpg,a,train\na.jpg,b,val\n", "another split"),
+        ("captions.csv", "image,caption,split\na.jpg,a,train\nb.jpg,b,\n", "split of some images"),
+        ("captions.csv", "image,caption,split\na.jpg,a,dog\n", r"line 2: split 'dog' is not known"),
+        ("captions.csv", "image,caption\na.jpg,a\n,b\n", "line 3 has no image"),
+        ("captions.csv", "image,caption\na.jpg,a\nb.jpg,b\n", "2 images: too few to split"),
+        ("captions.jsonl", "[" * 100000 + "\n", "line 1 is not JSON"),
+        ("captions.jsonl", '{"image": "a.jpg"}\n', r"line 1 has no caption"),
+        ("captions.jsonl", '{"image": "a.jpg", "caption": ["a"]}\n', r"line 1 has no caption"),
+        ("captions.jsonl", '\n{"image": 3, "caption": "a"}\n', r"line 2 has no image"),
+        ("captions.jsonl", '["a.jpg", "a"]\n', r"line 1 is not \{"),
+        ("captions.jsonl", "a.jpg,a dog\n", r"line 1 is not JSON"),
+        ("captions.jsonl", '{"image": "a.jpg", "caption": "a", "split": 3}\n', "split '3'"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_named(name, text, said, folder):
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_split("csv", folder, "train")
+
+
+def test_what_is_absent_is_named(folder):
+    with pytest.raises(FileNotFoundError, match=r"no table of captions in .*captions\.csv"):
+        load_split("csv", folder, "train")
+    with pytest.raises(FileNotFoundError, match="no table of captions in .*gone"):
+        load_split("csv", folder / "gone", "train")
+    write_csv(folder / "captions.csv", ROWS[:2])
+    with pytest.raises(SplitMissingError, match=r"no val split in .*; it holds train"):
+        load_split("csv", folder, "val")
+
+
+def test_a_table_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "captions.csv"
+    path.write_bytes("image,caption\na.jpg,ça\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"captions\.csv is not a text file in UTF-8"):
+        list(read_table(path))

@@ -1,0 +1,1 @@
+"""Plumbing that knows no model: it imports nothing from the top level."""
