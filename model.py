@@ -55,8 +55,17 @@ class CaptionModel(nn.Module):
         return [(self.encoder, self.img_size)]
 
     def forward(self, inputs: Tensor, tokens: Tensor, owner: Tensor) -> DecoderOutput:
-        """Return logits (M, T-1, V) of `tokens` (M, T), caption m being of image `owner[m]`."""
-        return self.decoder(self.encode(inputs), tokens, owner)
+        """Return logits (M, T-1, V) of `tokens` (M, T), caption m being of image `owner[m]`.
+
+        `inputs`: see `encode`. Without images or captions the logits are empty, and their backward
+        pass gives every trainable parameter a zero gradient.
+        """
+        if len(inputs) and len(tokens):
+            return self.decoder(self.encode(inputs), tokens, owner)
+        # DistributedDataParallel waits for a gradient of each parameter from every rank.
+        zero = 0 * sum(each.sum() for each in self.parameters() if each.requires_grad)
+        length = max(tokens.shape[1] - 1, 0)
+        return DecoderOutput(zero.expand(0, length, len(self.vocabulary)))
 
     @torch.no_grad()
     def attention_maps(self, memory: Tensor, tokens: Tensor) -> Tensor | None:

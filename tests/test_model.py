@@ -229,6 +229,17 @@ def test_what_learns_gets_a_gradient_and_nothing_else_does(trained):
     )
 
 
+@pytest.mark.parametrize("inputs", [(0, 3, 64, 64), (0, 16, 128), (0,), (2, 3, 64, 64)])
+@pytest.mark.parametrize("length", (6, 1, 0))
+def test_an_empty_batch_gives_every_trainable_parameter_a_zero_gradient(model, inputs, length):
+    tokens, owner = torch.zeros(0, length, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    logits = model.train()(torch.randn(inputs), tokens, owner).logits
+    assert logits.shape == (0, max(length - 1, 0), len(model.vocabulary))
+    logits.sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and not parameter.grad.any(), name
+
+
 @pytest.mark.parametrize("trained", ("none", "last"))
 def test_batch_normalisation_of_a_pretrained_cnn_never_moves(trained):
     model = build("transformer", "resnet18", trained).train()
