@@ -1,4 +1,4 @@
-"""Words and their ids: the model's own tokenisation, and the vocabulary of a model.
+"""Words and token ids: how captions are split into words, and the vocabulary of a model.
 
 T words
 """
@@ -14,16 +14,12 @@ from torch import Tensor
 from util import files
 from util.files import UserError
 
-# The four special tokens have these ids in every vocabulary.
+# The ids of the special tokens, the same in every vocabulary.
 PAD, START, END, UNK = range(4)
 
 
-class _Letters(dict):
-    """Maps a character to itself if it can be in a word, apostrophes to ', the rest to a space.
-
-    Invisible characters that shape a word (joiners, soft hyphens, direction marks) go without a
-    trace; the zero-width space parts words.
-    """
+class _CharacterMap(dict):
+    """The table for `str.translate`; a character is classified when it is first met."""
 
     def __missing__(self, code: int) -> str:
         char = chr(code)
@@ -31,34 +27,42 @@ class _Letters(dict):
         if char in "'’ʼ":
             self[code] = "'"
         elif category == "Cf" and char != "\u200b":
+            # Joiners, soft hyphens and direction marks are invisible and inside words. The
+            # zero-width space is of the same category, but it separates words.
             self[code] = ""
-        else:
+        else:  # letters, marks (vowel signs, accents) and digits make words
             self[code] = char if category[0] in "LMN" else " "
         return self[code]
 
 
-_LETTERS = _Letters()
-
-
+_CHARACTERS = _CharacterMap()
 _WORD = re.compile(r"[^\s']+(?:'[^\s']+)*")
 
 
 def split_words(caption: str) -> list[str]:
-    """Return the model's words: lower-cased runs of letters, marks, digits and inner apostrophes.
+    """Return the words of a caption: lower-cased runs of letters, digits and inner apostrophes.
 
-    Any script; Unicode is composed (NFC) first, so that é is one word in either spelling.
+    Works for any script that separates words. Unicode is normalised (NFC), so that an accented
+    letter gives the same word whether it is stored as one character or as two.
     """
     text = unicodedata.normalize("NFC", caption.lower())
-    return _WORD.findall(text.translate(_LETTERS))
+    return _WORD.findall(text.translate(_CHARACTERS))
 
 
 class Vocabulary:
-    """The words a model knows; ids 0..3 are <pad> <start> <end> <unk>, the most frequent first."""
+    """The words of a model and their ids.
+
+    Ids 0 to 3 are <pad>, <start>, <end> and <unk> (any other word); the words follow, the most
+    frequent first.
+    """
 
     SPECIALS = ("<pad>", "<start>", "<end>", "<unk>")
 
     def __init__(self, known: Iterable[str]):
-        """`known`: the words without the special ones. Raises ValueError on a repeated word."""
+        """`known`: the words in the order of their ids, without the special tokens.
+
+        Raises UserError where a word is repeated.
+        """
         self.words = (*self.SPECIALS, *known)
         self.ids = {word: index for index, word in enumerate(self.words)}
         if len(self.ids) != len(self.words):
@@ -66,15 +70,16 @@ class Vocabulary:
 
     @classmethod
     def build(cls, captions: Iterable[str], min_count: int) -> "Vocabulary":
-        """Return the vocabulary of words that come at least `min_count` times (train split only).
+        """Return the vocabulary of all words that occur at least `min_count` times.
 
-        Raises ValueError where no word is left.
+        `captions` should be those of the train split only. Raises UserError where no word is
+        frequent enough.
         """
         counts = Counter(word for caption in captions for word in split_words(caption))
         kept = [word for word, count in counts.items() if count >= min_count]
         if not kept:
             raise UserError(
-                f"no word comes {min_count} times in the captions; lower --min-count "
+                f"no word occurs {min_count} times in the captions; lower --min-count "
                 f"(they have {len(counts)} different words)"
             )
         return cls(sorted(kept, key=lambda word: (-counts[word], word)))
@@ -89,19 +94,22 @@ class Vocabulary:
         return hash(self.words)
 
     def encode(self, caption: str, seq_len: int) -> list[int]:
-        """Return <start> words <end> as ids, unpadded, cut to `seq_len` words (<end> stays)."""
+        """Return the ids of <start> words <end>, unpadded.
+
+        Only the first `seq_len` words are kept, always followed by <end>.
+        """
         ids = [self.ids.get(word, UNK) for word in split_words(caption)[:seq_len]]
         return [START, *ids, END]
 
     def decode(self, tokens: Iterable[int] | Tensor) -> str:
-        """Return the words of `tokens` (T,) up to <end>; special tokens are left out."""
-        spoken = []
+        """Return the words of `tokens` (T,) up to the first <end>, without special tokens."""
+        words = []
         for token in tokens.tolist() if isinstance(tokens, Tensor) else tokens:
             if token == END:
                 break
             if token >= len(self.SPECIALS):
-                spoken.append(self.words[token])
-        return " ".join(spoken)
+                words.append(self.words[token])
+        return " ".join(words)
 
     def save(self, path: str | Path) -> None:
         """Write the words to `path` as JSON."""
@@ -109,12 +117,12 @@ class Vocabulary:
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":
-        """Return the vocabulary that `save` wrote; ValueError where the file is another thing."""
+        """Return the vocabulary that `save` wrote; raises UserError where the file is not one."""
         value = files.read_json(path)
         known = value.get("words") if isinstance(value, dict) else None
         if not isinstance(known, list) or not all(isinstance(word, str) for word in known):
             raise UserError(f'{path} is not a vocabulary: expected {{"words": ["a", …]}}')
         try:
             return cls(known)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{path}: {error}") from error

@@ -1,8 +1,4 @@
-"""Words to ids and back, and batches that depend on nothing but the seed and the epoch."""
-
-import json
-import pickle
-import unicodedata
+"""Batches that depend on nothing but the seed and the epoch."""
 
 import pytest
 import torch
@@ -13,7 +9,7 @@ from dataset import CaptionDataset, collate_fn, get_loader
 from encoder import image_transform
 from readers import Record
 from util.seeding import derive_seed
-from vocabulary import END, PAD, START, UNK, Vocabulary, split_words
+from vocabulary import PAD, Vocabulary
 
 LINES = ["a dog runs .", "a dog and a cat", "The dog's ball , red", "zebra"]
 VOCABULARY = Vocabulary.build(LINES, 1)
@@ -53,110 +49,6 @@ def pixels_by_id(found) -> dict:
 
 def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-
-
-# --- words
-
-
-@pytest.mark.parametrize(
-    ("caption", "expected"),
-    [
-        ("A dog, 3 T-shirts & 1,000 balls.", "a dog 3 t shirts 1 000 balls"),
-        ("the dog's friends' 'big' rock'n'roll don’t", "the dog's friends big rock'n'roll don't"),
-        ("लाल गेंद को फेंकता है।", "लाल गेंद को फेंकता है"),
-        ("น้ำ ใส", "น้ำ ใส"),
-        ("كَلْبٌ، أسود؟", "كَلْبٌ أسود"),
-        ("一只狗，在跑。", "一只狗 在跑"),
-        ("Ein Fluß; Ünïcode_snake", "ein fluß ünïcode snake"),
-        ("می\u200cخواهم co\u00adoperate \u200fكلب", "میخواهم cooperate كلب"),
-        ("สวัส\u200bดี", "สวัส ดี"),
-        ("👩‍👧 !!! ''' ", ""),
-    ],
-)
-def test_words_are_runs_of_letters_marks_digits_and_inner_apostrophes(caption, expected):
-    composed = unicodedata.normalize("NFC", expected)
-    assert split_words(caption) == composed.split()
-
-
-def test_composed_and_decomposed_letters_are_one_word():
-    composed, decomposed = "Café été", unicodedata.normalize("NFD", "Café été")
-    assert composed != decomposed and split_words(composed) == split_words(decomposed) == [
-        "café",
-        "été",
-    ]
-
-
-def test_the_words_of_words_are_themselves():
-    said = "The dog's 'red' ball – Ελλάδα, 東京 İstanbul naïve Über-cool 3½"
-    assert split_words(" ".join(split_words(said))) == split_words(said)
-
-
-# --- vocabulary
-
-
-def test_the_special_tokens_are_ids_0_to_3():
-    assert VOCABULARY.words[:4] == ("<pad>", "<start>", "<end>", "<unk>")
-    assert (PAD, START, END, UNK) == (0, 1, 2, 3)
-
-
-def test_words_are_ordered_by_count_then_alphabet():
-    assert VOCABULARY.words[4:] == ("a", "dog", *sorted(["and", "ball", "cat", "dog's", "red",
-                                    "runs", "the", "zebra"]))  # fmt: skip
-    assert Vocabulary.build(reversed(LINES), 1) == VOCABULARY
-
-
-@pytest.mark.parametrize(("least", "kept"), [(1, 10), (2, 2), (3, 1)])
-def test_words_below_the_minimal_count_are_unknown(least, kept):
-    vocabulary = Vocabulary.build(LINES, least)
-    assert len(vocabulary) == 4 + kept
-    assert vocabulary.encode("a zebra", 9) == [START, 4, vocabulary.ids.get("zebra", UNK), END]
-
-
-def test_no_word_left_says_to_lower_the_minimal_count():
-    with pytest.raises(ValueError, match=r"no word comes 9 times.*--min-count.*10 different"):
-        Vocabulary.build(LINES, 9)
-
-
-@pytest.mark.parametrize("line", [*LINES, "RED cat, the dog's zebra!"])
-def test_encode_then_decode_gives_the_words_back(line):
-    tokens = VOCABULARY.encode(line, 30)
-    expected = " ".join(split_words(line))
-    assert VOCABULARY.decode(tokens) == expected
-    assert VOCABULARY.decode(torch.tensor([*tokens, PAD, PAD])) == expected
-
-
-def test_truncation_counts_words_and_keeps_the_end():
-    tokens = VOCABULARY.encode("a dog and a cat", 3)
-    assert tokens[0] == START and tokens[-1] == END and len(tokens) == 5
-    assert VOCABULARY.decode(tokens) == "a dog and"
-    assert VOCABULARY.encode("", 3) == [START, END]
-
-
-def test_decoding_stops_at_the_end_and_says_no_special_token():
-    assert VOCABULARY.decode([START, 4, UNK, 5, PAD, END, 6, 7]) == "a dog"
-    assert VOCABULARY.decode([]) == ""
-
-
-def test_a_vocabulary_survives_json(tmp_path):
-    vocabulary = Vocabulary.build(["लाल गेंद", "dog's été", "東京"], 1)
-    vocabulary.save(tmp_path / "words.json")
-    assert Vocabulary.load(tmp_path / "words.json") == vocabulary
-    text = (tmp_path / "words.json").read_text(encoding="utf-8")
-    assert "गेंद" in text and json.loads(text)["words"] == list(vocabulary.words[4:])
-    assert pickle.loads(pickle.dumps(vocabulary)) == vocabulary
-
-
-@pytest.mark.parametrize("text", ["[]", '{"words": 3}', '{"words": ["a", 4]}', "{"])
-def test_a_file_that_is_no_vocabulary_says_so(text, tmp_path):
-    (tmp_path / "words.json").write_text(text)
-    with pytest.raises(ValueError, match=r"words\.json is not a"):
-        Vocabulary.load(tmp_path / "words.json")
-
-
-@pytest.mark.parametrize("known", [["a", "a"], ["<pad>"]])
-def test_a_vocabulary_holds_each_word_once(known):
-    with pytest.raises(ValueError, match="each word once"):
-        Vocabulary(known)
 
 
 # --- batches

@@ -1,4 +1,8 @@
-"""Randomness that depends on what it is for, and on nothing else."""
+"""Seeds derived from what they are for, so that random numbers depend on nothing else.
+
+The augmentation of an image, say, uses the seed of (seed, epoch, image id): it is the same for any
+number of workers, in any batch, and in a run that is resumed.
+"""
 
 import contextlib
 import hashlib
@@ -8,8 +12,8 @@ import torch
 
 
 def derive_seed(*parts: int | str) -> int:
-    """Return a seed (56 bits) that is a hash of all of `parts`."""
-    # JSON and the names of files may hold lone surrogates, which are no text.
+    """Return a seed (56 bits): a hash of `parts`."""
+    # Image ids may contain lone surrogates: file names that are not valid UTF-8.
     text = "/".join(map(str, parts)).encode("utf-8", "surrogatepass")
     digest = hashlib.sha256(text).digest()
     return int.from_bytes(digest[:7], "big")
@@ -17,13 +21,13 @@ def derive_seed(*parts: int | str) -> int:
 
 @contextlib.contextmanager
 def fork_seeded(*parts: int | str) -> Iterator[None]:
-    """Seed torch's generator of the CPU with `derive_seed(*parts)`; restore it at the end."""
+    """Seed torch's CPU generator with `derive_seed(*parts)` inside the block, and restore it after."""
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed: it would seed the GPU too, which fork_rng leaves alone here.
+        # torch.manual_seed would also seed the GPU, whose state fork_rng does not restore here.
         torch.default_generator.manual_seed(derive_seed(*parts))
         yield
 
 
 def seeded_generator(*parts: int | str) -> torch.Generator:
-    """Return a new generator on the CPU, seeded with `derive_seed(*parts)`."""
+    """Return a new CPU generator seeded with `derive_seed(*parts)`."""
     return torch.Generator().manual_seed(derive_seed(*parts))

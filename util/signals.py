@@ -58,9 +58,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def block_signals() -> Iterator[None]:
-    """Hold signals back till the end of the block, and for good in processes that it starts.
+    """Block SIGINT and SIGTERM inside the block; processes started in it keep them blocked.
 
-    What a worker ignores of itself comes too late: until then a signal kills it.
+    A loader's worker that only ignored them could still be killed while it starts.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -73,6 +73,6 @@ def block_signals() -> Iterator[None]:
 
 
 def ignore_signals(worker: int) -> None:
-    """Let a loader's worker ignore signals, where its birth could not hold them back."""
+    """Ignore SIGINT and SIGTERM: a `worker_init_fn` for workers that did not inherit the block."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
