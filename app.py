@@ -125,8 +125,8 @@ def create_app(
         response.headers.setdefault("Cache-Control", "no-store")
         return response
 
-    @app.errorhandler(ValueError)
-    def refuse(error: ValueError) -> tuple[dict[str, str], int]:
+    @app.errorhandler(UserError)
+    def refuse(error: UserError) -> tuple[dict[str, str], int]:
         return {"error": " ".join(str(error).split())}, getattr(error, "status", 400)
 
     messages = {

@@ -165,7 +165,7 @@ def _write_shard(
     done = path.with_suffix(".done")
     if path.exists() and done.exists():
         return files.read_json(done)
-    files.sweep(path)
+    files.remove_leftovers(path)
     lost = []
     with files.replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
         for place, record in enumerate(records[start : start + size], start):

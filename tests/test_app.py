@@ -16,6 +16,7 @@ import app
 import inference
 from decoding import DecodingConfig
 from inference import Captioner
+from util.files import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -263,7 +264,7 @@ def test_who_waits_too_long_is_told_so_and_a_failure_frees_its_turn(captioner):
     def explain(image, **settings):
         started.set()
         finish.wait(30)
-        raise ValueError("no")
+        raise UserError("no")
 
     busy = app.create_app(Replaced(captioner, explain), at_once=1, patience=0.05)
     first = threading.Thread(target=lambda: ask(busy.test_client()))

@@ -18,13 +18,13 @@ def main():
     with distributed.join():
         print("begun")
         if how == "both":
-            raise ValueError("the data are missing")
+            raise files.UserError("the data are missing")
         if how == "second" and distributed.rank() == 1:
-            raise ValueError("only mine are missing")
+            raise files.UserError("only mine are missing")
         if how == "killed" and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "script" and distributed.is_main():
-            raise SystemExit(files.fail("no such flag"))
+            raise SystemExit(files.print_error("no such flag"))
         told = {
             "gathered": distributed.gather(distributed.rank() * 10),
             "shared": distributed.broadcast(f"of {distributed.rank()}"),

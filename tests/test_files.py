@@ -210,7 +210,7 @@ with files.replacing(sys.argv[1]) as temporary:
     own = tmp_path / ".file-of-mine.txt"
     own.touch()
     assert len(names(tmp_path)) == 3  # the half is there
-    files.sweep(path)
+    files.remove_leftovers(path)
     assert names(tmp_path) == [own.name, "file.txt"]
 
 
@@ -314,7 +314,7 @@ class Inner:
 
     def __post_init__(self):
         if self.size < 0:
-            raise ValueError(f"size {self.size} must be at least 0")
+            raise files.UserError(f"size {self.size} must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -388,8 +388,8 @@ def raising(error):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (ValueError("size 3\n  is wrong"), "error: size 3 is wrong"),
-        (ValueError(), "error: ValueError"),
+        (files.UserError("size 3\n  is wrong"), "error: size 3 is wrong"),
+        (files.UserError(), "error: UserError"),
         (FileNotFoundError("no dataset at x"), "error: no dataset at x"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), "error: No such file: x"),
         (OSError(errno.ENOSPC, "No space left"), "error: No space left"),
@@ -402,9 +402,58 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(error, line, capsys):
     assert capsys.readouterr() == ("before\n", line + "\n")
 
 
-def test_a_fault_of_ours_keeps_its_traceback():
-    with pytest.raises(ZeroDivisionError):
-        files.run(raising(ZeroDivisionError()))
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("zip() argument 2 is longer than argument 1"), KeyError("a"), RuntimeError("x")],
+)
+def test_a_bug_keeps_its_traceback_and_asks_to_be_reported(error, capsys):
+    with pytest.raises(SystemExit) as stop:
+        files.run(raising(error))
+    out, err = capsys.readouterr()
+    *trace, last = err.splitlines()
+    assert (stop.value.code, out) == (1, "before\n")
+    assert trace[0] == "Traceback (most recent call last):"
+    assert trace[-1] == f"{type(error).__name__}: {error}"
+    assert "please report it" in last and last.endswith(f"at {files.ISSUES}")
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's own, which is known by its name."""
+
+
+ADVICE = "use a smaller --batch-size, in training a larger --accumulate, or --device cpu"
+
+
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (MemoryError(), ""),
+        (MemoryError("Unable to allocate 7.28 TiB for an array"), "7.28 TiB"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 …"), "2.00 GiB"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate "
+                "memory: you tried to allocate 4000000000000 bytes. Error code 12"
+            ),
+            "4000000000000 bytes",
+        ),
+        (RuntimeError("CUDA error: out of memory"), ""),
+    ],
+)
+def test_too_little_memory_is_one_line_with_advice(error, size, capsys):
+    with pytest.raises(SystemExit) as stop:
+        files.run(raising(error))
+    size = f" ({size} could not be allocated)" if size else ""
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"error: out of memory{size}; {ADVICE}\n"
+
+
+def test_torchs_own_error_of_too_little_memory_is_known(capsys):
+    torch = pytest.importorskip("torch")
+    assert files.is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    with pytest.raises(SystemExit):
+        files.run(lambda: torch.empty(2**55))
+    assert capsys.readouterr().err.startswith("error: out of memory (")
 
 
 def test_a_script_that_ends_well_returns(capsys):

@@ -45,7 +45,7 @@ def run_folder(output: Path | None, dataset: str, *, resume: bool) -> Iterator[P
                     f"{folder} holds a run already; add --resume, or name another --output"
                 )
             for name in LARGE:
-                files.sweep(folder / name)
+                files.remove_leftovers(folder / name)
             yield distributed.broadcast(folder)
         finally:
             with contextlib.suppress(OSError):  # Windows keeps a file that is open

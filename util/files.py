@@ -1,7 +1,7 @@
-"""Safe files and plain errors: atomic writes, locks, flags, and a user's mistake in one line.
+"""Atomic writes, locks, command-line flags, and the user's mistakes as one line.
 
-Every file this project writes goes through `replacing`, so a crash, a full disk or Ctrl-C leaves
-either the old file or the new one, never half of one.
+Every file this project writes goes through `replacing`, so that a crash, a full disk or Ctrl-C
+leaves either the old file or the new one, never half of one.
 """
 
 import contextlib
@@ -14,24 +14,30 @@ import signal
 import stat
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+ISSUES = "https://github.com/OWNER/image-captioning/issues"
+# Metadata of a dataclass field whose value makes the model another one: a run that is resumed
+# must not change it.
+IDENTITY = {"identity": True}
+
 
 class UserError(ValueError):
-    """A mistake of the user's, to be shown as one line: it names the value and says what to do."""
+    """A mistake of the user, shown as one line: the message names the value and what to do."""
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on a clean exit it is fsynced and renamed to `path`.
+    """Yield a temporary path beside `path`; at the end it is fsynced and renamed to `path`.
 
-    On any exception the temporary file is removed and `path` stays as it was. Folders that are
-    missing are made, links are followed, and the file keeps its mode. The temporary name keeps the
-    suffix, which some writers choose a format by. Devices and pipes (/dev/stdout) can't be
-    replaced: they are yielded themselves.
+    On an exception the temporary file is removed and `path` stays as it was. Missing folders are
+    created, links are followed, and the file keeps its mode. The temporary name keeps the suffix,
+    from which some writers infer the format. Devices and pipes (/dev/stdout) can't be replaced:
+    they are yielded themselves.
     """
     check_writable(path)
     if is_special(Path(path)):
@@ -39,15 +45,15 @@ def replacing(path: str | Path) -> Iterator[Path]:
         return
     target, temporary = Path(os.path.realpath(path)), None
     try:
-        temporary = temporary_file(target)
+        temporary = create_temporary(target)
         yield temporary
         with open(temporary, "rb+") as file:
-            temporary.chmod(usual_mode(target))
+            temporary.chmod(get_mode(target))
             os.fsync(file.fileno())
         os.replace(temporary, target)
         sync_folder(target.parent)
     except OSError as error:
-        # A full disk names no file, and the temporary name would tell nobody anything.
+        # The error of a full disk names no file, and users don't know the temporary name.
         if error.errno and error.filename in (None, str(target), str(temporary)):
             raise write_error(error.errno, path) from error
         raise
@@ -57,18 +63,17 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def check_writable(*paths: str | Path | None) -> None:
-    """Raise OSError where a path can't be written, before hours of work go into what it is for.
+    """Raise OSError if a path can't be written, before hours of work are spent on its content.
 
-    None stands for a file that nobody asked for. Nothing is made.
+    None stands for a file that was not requested. Nothing is created.
     """
     for path in filter(None, paths):
-        obstacle = find_obstacle(Path(path).absolute())
-        if obstacle:
-            raise write_error(obstacle, path)
+        if number := find_obstacle(Path(path).absolute()):
+            raise write_error(number, path)
 
 
 def find_obstacle(path: Path) -> int:
-    """Return the errno that writing to `path` would meet for certain, else 0."""
+    """Return the errno that writing to `path` would certainly raise, else 0."""
     if path.is_dir():
         return errno.EISDIR
     place = path
@@ -85,12 +90,12 @@ def write_error(number: int, path: str | Path) -> OSError:
 
 
 def is_special(path: Path) -> bool:
-    """Return whether `path` is there but no regular file: a device, a pipe."""
+    """Return whether `path` exists and is not a regular file: a device, a pipe."""
     return path.exists() and not path.is_file()
 
 
-def temporary_file(target: Path) -> Path:
-    """Return a new empty file beside `target`, whose folder is made where it is missing."""
+def create_temporary(target: Path) -> Path:
+    """Return a new empty file beside `target`, whose folder is created if missing."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
@@ -102,14 +107,14 @@ def temporary_file(target: Path) -> Path:
     return Path(name)
 
 
-def sweep(target: Path) -> None:
-    """Remove what killed processes left of writing `target`; nobody else may be writing it now."""
-    for left in target.parent.glob(f".{target.stem[:40]}-????????{target.suffix}"):
-        left.unlink(missing_ok=True)
+def remove_leftovers(target: Path) -> None:
+    """Remove temporary files of killed writers of `target`; nobody else may be writing it now."""
+    for leftover in target.parent.glob(f".{target.stem[:40]}-????????{target.suffix}"):
+        leftover.unlink(missing_ok=True)
 
 
-def usual_mode(target: Path) -> int:
-    """Return the permissions `target` has, or a new file would get: mkstemp's are private."""
+def get_mode(target: Path) -> int:
+    """Return the permissions of `target`, or those of a new file: mkstemp's are private."""
     if target.exists():
         return stat.S_IMODE(target.stat().st_mode)
     umask = os.umask(0)  # it can be read only by setting it
@@ -118,7 +123,7 @@ def usual_mode(target: Path) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the renames in `folder` durable, where the system can do it (Windows can't)."""
+    """Make the renames in `folder` durable, where the system allows it (Windows does not)."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -140,19 +145,21 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` to `path` as readable JSON, atomically."""
-    text = f"{json_text(value)}\n"
-    # File names may hold bytes that are no text (lone surrogates): "\udcff" is also JSON's escape.
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+    """Write `value` to `path` as indented JSON, atomically."""
+    write_bytes(path, f"{format_json(value)}\n".encode("utf-8", "backslashreplace"))
 
 
-def json_text(value: Any) -> str:
-    """Return `value` as JSON to be read by people, too."""
+def format_json(value: Any) -> str:
+    """Return `value` as indented JSON, to be encoded as UTF-8 with "backslashreplace".
+
+    File names may contain bytes that are not text (lone surrogates); "\\udcff" is also JSON's
+    escape for them.
+    """
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 def read_json(path: str | Path) -> Any:
-    """Return what the JSON file holds; a file that is not JSON is a ValueError that names it."""
+    """Return the content of a JSON file; UserError with its name if it is not JSON."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -160,37 +167,38 @@ def read_json(path: str | Path) -> Any:
 
 
 @contextlib.contextmanager
-def lock(path: str | Path, wait: float = -1, refusal: str = "") -> Iterator[None]:
-    """Hold an exclusive lock on `path` among processes; a killed process frees its lock.
+def lock(path: str | Path, wait: float = -1, message: str = "") -> Iterator[None]:
+    """Hold an exclusive lock on `path` among processes; it is freed if the process is killed.
 
-    After `wait` seconds without it (-1: never) a ValueError says the `refusal`.
+    If another process still holds it after `wait` seconds (-1: no limit), raise UserError with
+    `message`.
     """
     from filelock import FileLock, Timeout
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        holding = FileLock(path).acquire(timeout=wait)
+        acquired = FileLock(path).acquire(timeout=wait)
     except Timeout:
-        raise UserError(refusal) from None
-    with holding:
+        raise UserError(message) from None
+    with acquired:
         yield
 
 
 def parse(
     config: type, argv: list[str] | None, *, program: str, description: str, default: Any = None
 ) -> Any:
-    """Return a `config` (a dataclass) filled from the command line, over `default`'s values.
+    """Return the dataclass `config` filled from the command line, on top of `default`'s values.
 
-    `program` is the script's file name. `--help` prints the flags; a flag or value that is not
-    known exits with code 2 and one line.
+    `program` is the script's file name. `--help` prints the flags. An unknown flag, an invalid
+    value, or a ValueError of the dataclass exits with code 2 and one line.
     """
     import tyro
 
-    said = io.StringIO()
+    stderr = io.StringIO()
     values = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 config,
                 args=argv,
@@ -201,61 +209,89 @@ def parse(
             )
     except SystemExit as stop:
         if stop.code:
-            raise SystemExit(fail(unframed(said.getvalue()))) from None
+            raise SystemExit(print_error(strip_frame(stderr.getvalue()))) from None
         raise
 
 
-def unframed(box: str) -> str:
-    """Return tyro's framed message as one line, without its title.
+def strip_frame(text: str) -> str:
+    """Return tyro's framed error message as one line, without its title.
 
-    Where the terminal has no UTF-8 there is no frame, and the title is what precedes a first rule.
+    On a terminal without UTF-8 there is no frame; the title is then the text above the first rule.
     """
-    lines = [line.strip(" │") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    lines = [line.strip(" │") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
     parts = re.split(r"^[─-]{4,}$", "\n".join(lines), flags=re.MULTILINE)
-    if "╭" not in box:
+    if "╭" not in text:
         parts = parts[1:] or parts
-    said = "; ".join(" ".join(part.split()) for part in parts if part.strip())
-    return re.sub(r"^Error parsing \w+: ", "", said)  # the name of a dataclass: no user knows it
+    message = "; ".join(" ".join(part.split()) for part in parts if part.strip())
+    return re.sub(r"^Error parsing \w+: ", "", message)  # users don't know the dataclass's name
 
 
-def fail(message: str) -> int:
+def print_error(message: str) -> int:
     """Print one error line to stderr and return exit code 2."""
     print(f"error: {one_line(message)}", file=sys.stderr)
     return 2
 
 
 def one_line(message: str) -> str:
-    """Return the message in one line, without control characters: names may be anybody's."""
+    """Return the message as one line without control characters, which file names may contain."""
     text = " ".join(str(message).split())
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Run a script's `main`; exit with 2 and one line for a user's mistake or a full disk."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without é gets \xe9, not an error
+    """Run a script's `main` and exit with a code that tells what happened.
+
+    0: done. 2, with one line: a mistake of the user, an error of the system (a full disk, a
+    missing file), or too little memory. 130: interrupted. 1, with a traceback: a bug.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without é shows \xe9, not an error
         sys.stdout.reconfigure(errors="backslashreplace")
-    # Pillow's two lines about a file: what can't be read is told in one, by name.
+    # Pillow warns about damaged files in two lines; our own message names the file.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    # A scheduler's SIGTERM is Ctrl-C: what was begun is put away, not dropped.
+    # A scheduler's SIGTERM works like Ctrl-C, so that `finally` blocks run.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
-        sys.stdout.flush()  # here, where a failure can still be told
+        sys.stdout.flush()  # here, where a failure can still be reported
     except BrokenPipeError:  # `… | head`: the reader has what it wanted
-        give_up_output()
-    except (ValueError, OSError) as error:
-        give_up_output()
-        sys.exit(fail(explain(error)))
+        flush_or_discard_stdout()
     except KeyboardInterrupt:
-        give_up_output()
+        flush_or_discard_stdout()
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        flush_or_discard_stdout()
+        if isinstance(error, (UserError, OSError)):
+            sys.exit(print_error(explain(error)))
+        if is_out_of_memory(error):
+            size = re.search(r"allocate ([\d.]+ \w+)", str(error))
+            sys.exit(
+                print_error(
+                    f"out of memory{f' ({size[1]} could not be allocated)' if size else ''}; use a "
+                    "smaller --batch-size, in training a larger --accumulate, or --device cpu"
+                )
+            )
+        traceback.print_exc()
+        print(f"This is a bug in the program: please report it, with the lines above, at {ISSUES}",
+              file=sys.stderr)  # fmt: skip
+        sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def give_up_output() -> None:
-    """Flush stdout; if that fails, send the rest nowhere, lest Python complain at its exit."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out, on the CPU or a GPU.
+
+    torch's errors are recognized by name and text: scripts without torch should not import it.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    texts = ("can't allocate memory", "out of memory")  # the CPU's allocator; MPS, CUDA libraries
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+
+
+def flush_or_discard_stdout() -> None:
+    """Flush stdout; if that fails, redirect it to nowhere, or Python complains when it exits."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -263,7 +299,7 @@ def give_up_output() -> None:
 
 
 def explain(error: BaseException) -> str:
-    """Return what went wrong as a sentence: the system's words for an OSError it raised itself."""
+    """Return an error as a sentence; of an OSError raised by the system, its text and file."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error) or type(error).__name__

@@ -156,7 +156,7 @@ def json_list(path: Path) -> Iterator[Callable[[Any], None]]:
                 temporary = stack.enter_context(files.replacing(path))
                 file = stack.enter_context(open(temporary, "wb"))
                 stack.callback(file.write, b"\n]\n")
-            text = files.json_text(value).replace("\n", "\n  ")
+            text = files.format_json(value).replace("\n", "\n  ")
             file.write(f"{begin}  {text}".encode("utf-8", "backslashreplace"))
 
         yield add
@@ -318,7 +318,7 @@ def merge(parts: Sequence[Path], target: Path, form: str, n: int, order: Sequenc
     Each part's rows must be in that order. Rows that are there are kept as they are. The target is
     replaced when it is whole, so that a kill loses nothing and leaves no row twice.
     """
-    files.sweep(target)
+    files.remove_leftovers(target)
     place = {image: number for number, image in enumerate(order)}
     rows = [read_rows(part, FORMS[form], n) for part in parts]
     merged = heapq.merge(*rows, key=lambda row: place.get(row[0], -1))
