@@ -111,12 +111,17 @@ class CaptionDataset(Dataset):
         # Augmentation depends on nothing but (seed, epoch, image): not on workers, not on resume.
         chance = (self.seed, self.epoch, record.image_id)
         if self.features is not None:
-            allowed = range(0, self.views, 2 if sided else 1)
+            allowed = [view for view in range(self.views) if not (sided and is_mirrored(view))]
             return self.features.get(record.image_id, allowed[derive_seed(*chance) % len(allowed)])
         with fork_seeded(*chance):
             pixels = self.transform(read_image(record.path if image is None else image))
             mirrored = self.flip and torch.rand(()) < 0.5
         return pixels.flip(-1) if mirrored and not sided else pixels
+
+
+def is_mirrored(view: int) -> bool:
+    """Return whether this view of an image in the feature cache is a mirrored one."""
+    return view % 2 == 1
 
 
 def collate_fn(items: Sequence[tuple]) -> Batch:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 import metrics
 from config import MOST_WORKERS
 from decoding import DecodingConfig, decode, to_captions
-from features import encode_images
+from features import EncodedBatch, encode_images
 from inference import Captioner, named
 from losses import cross_entropy
 from model import CaptionModel, ModelEnsemble
@@ -143,15 +143,22 @@ def split_features(
         )
     else:
         batches = (
-            [(torch.stack([cache.get(record.image_id) for record in part])[:, None], [])]
+            [
+                EncodedBatch(
+                    torch.stack([cache.get(each.image_id) for each in part])[:, None], [], []
+                )
+            ]
             for part in _parts(records, batch_size)
         )
-    for part, views in zip(_parts(records, batch_size), batches, strict=True):
-        unread = list(dict.fromkeys(name for _, names in views for name in names))
+    for part, encoded in zip(_parts(records, batch_size), batches, strict=True):
+        unread = list(dict.fromkeys(name for batch in encoded for name in batch.unreadable))
         lost += unread
         kept = [row for row, record in enumerate(part) if record.image_id not in unread]
         if kept:
-            yield [part[row].image_id for row in kept], [features[kept, 0] for features, _ in views]
+            yield (
+                [part[row].image_id for row in kept],
+                [batch.features[kept, 0] for batch in encoded],
+            )
     report_left_out(lost, len(records), "can't be read")
 
 

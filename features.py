@@ -1,24 +1,26 @@
-"""The feature cache: each image goes through the frozen CNN once, and its features are kept.
+"""The feature cache: each image goes through the frozen CNN once, its features are kept on disk.
 
 B images · S image positions · C backbone channels
 
-A cache is `NAME.npy`, float16 (images, views, S, C), memory-mapped, with `NAME.json` saying what
-made it. View 0 is the image itself, 1 its mirror image, the others are random parts of it, those
-of odd number mirrored. A cache of many images is several such pairs, `NAME-00000.npy` and so on,
-each made on its own, and a `NAME.json` that says how many images each has. A killed extraction goes
-on where it stopped; processes that want the same cache build each file of it once.
+A cache is `NAME.npy`, a memory-mapped float16 array (images, views, S, C), and `NAME.json`, which
+says what the features were computed from. View 0 is the image itself, view 1 its mirror image; the
+others are random crops, every second one mirrored (`dataset.is_mirrored`). The cache of many images
+is split into files `NAME-00000.npy`, ..., each with its own .json; `NAME.json` then says how many
+images each file has. An interrupted extraction continues where it stopped. Processes that need the
+same cache at once extract each file only once.
 
-As a script it prepares another form of data: `python features.py --shards DIR` writes a dataset as
-tar shards (`shard_writer.py`).
+As a script, `python features.py --shards DIR` writes a dataset as tar shards (`shard_writer.py`).
 """
 
 import errno
+import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +28,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from compact import Places
-from dataset import Loader
-from encoder import (
-    TRANSFORM,
-    Encoder,
-    fingerprint,
-    folded,
-    image_transform,
-    multiplies_bfloat16,
-)
+from dataset import Loader, is_mirrored
+from encoder import TRANSFORM, Encoder, fingerprint, folded, image_transform, multiplies_bfloat16
 from readers import MAX_LEFT_OUT, UNREADABLE, Record, report_left_out
 from shard_writer import main
 from util import files
@@ -43,19 +37,18 @@ from util.files import UserError
 from util.images import read_image
 from util.seeding import fork_seeded
 
-SAVE_EVERY = 16  # batches between two notes of how far the extraction has come
-MOST_IMAGES = 8192  # in one file: 1.6 GB of one view by ResNet-50 at 224 pixels
+SAVE_EVERY = 16  # batches between two notes of how far an extraction has come
+MOST_IMAGES = 8192  # per file: 1.6 GB for one view of ResNet-50 features at 224 pixels
 
 
 class FeatureCache:
-    """Features by image id, read from disk as they are asked for.
+    """The features of images by image id, read from disk on demand.
 
-    Raises ValueError where the file beside it says that something else made it, and where a file
-    is damaged.
+    Raises UserError where the cache was made from something else than `expected`, or is damaged.
     """
 
     def __init__(self, path: Path, expected: dict[str, Any] | None = None):
-        """`path` is the .npy file; `expected` what its description must say, entry by entry."""
+        """`path`: the cache's .npy file; `expected`: entries that its description must have."""
         self.path = path
         description = self.description
         if (
@@ -68,64 +61,61 @@ class FeatureCache:
             found = description.get(key)
             if found != wanted:
                 raise UserError(
-                    f"the feature cache {path} has {key} {_short(found)}, but {_short(wanted)} is "
-                    "wanted; delete it, or use another --cache-dir"
+                    f"the feature cache {path} has {key} {abbreviate(found)}, but "
+                    f"{abbreviate(wanted)} is wanted; delete it, or use another --cache-dir"
                 )
-        self.paths, self.per_file = [path], None
+        self.paths = [path]
         if "images_per_file" in description:
-            self.per_file = description["images_per_file"]
-            self.paths = [part for part, _ in _parts(path, description["images"], self.per_file)]
-        self.arrays = [_mapped(each) for each in self.paths]
-        self.left_out: dict[str | int, None] = {}
-        self.rows = Places(self._ids(), without=self.left_out)
+            sizes = description["images"], description["images_per_file"]
+            self.paths = [file for file, _ in split_into_files(path, *sizes)]
+        self.arrays = [map_features(file) for file in self.paths]
+        self.images_per_file = len(self.arrays[0])  # the last file may have fewer
+        image_ids: list[str | int] = []
+        self.left_out: list[str | int] = []  # images that could not be read: rows of zeros
+        for file in self.paths:
+            contents = files.read_json(file.with_suffix(".json"))
+            image_ids += contents["image_ids"]
+            self.left_out += contents["left_out"]
+        lost = set(self.left_out)
+        self.rows = {name: row for row, name in enumerate(image_ids) if name not in lost}
 
-    def _ids(self) -> Iterator[str | int]:
-        """Yield all image ids; those of a file that are left out are noted before its first."""
-        for path in self.paths:
-            about = files.read_json(path.with_suffix(".json"))
-            self.left_out.update(dict.fromkeys(about["left_out"]))
-            yield from about["image_ids"]
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __contains__(self, image_id: str | int) -> bool:
+        return image_id in self.rows
 
     def __reduce__(self) -> tuple:
-        return FeatureCache, (self.path,)  # a worker process maps the file itself, not a copy
-
-    def __contains__(self, image_id: str) -> bool:
-        return self.rows.find(image_id) is not None
+        return FeatureCache, (self.path,)  # a worker process maps the files again, without a copy
 
     @property
     def description(self) -> Any:
-        """What the cache's .json says, read anew: it may hold many ids."""
+        """What the .json file says, read from disk each time because the ids may be many."""
         return files.read_json(self.path.with_suffix(".json"))
 
-    @property
-    def array(self) -> np.ndarray:
-        """The features (images, views, S, C) of the first file."""
-        return self.arrays[0]
-
-    def get(self, image_id: str, view: int = 0) -> Tensor:
-        """Return the features (S, C) of an image, float16."""
-        row = self.rows.find(image_id)
-        if row is None:
-            raise KeyError(image_id)
-        file, place = divmod(row, self.per_file) if self.per_file else (0, row)
-        return torch.from_numpy(np.array(self.arrays[file][place, view]))
+    def get(self, image_id: str | int, view: int = 0) -> Tensor:
+        """Return the features (S, C) of an image, float16; KeyError for an unknown id."""
+        file, row = divmod(self.rows[image_id], self.images_per_file)
+        return torch.from_numpy(np.array(self.arrays[file][row, view]))
 
 
-def _mapped(path: Path) -> np.ndarray:
+def map_features(path: Path) -> np.ndarray:
+    """Return the array in a cache's .npy file, memory-mapped."""
     try:
-        return np.lib.format.open_memmap(path, mode="r")  # np.load takes other kinds too
+        return np.lib.format.open_memmap(path, mode="r")  # np.load accepts other formats too
     except ValueError as error:
         raise UserError(
-            f"the feature cache {path} is damaged ({error}); delete it to have it made anew"
+            f"the feature cache {path} is damaged ({error}); delete it, and it will be made again"
         ) from error
 
 
-def _short(value: Any) -> str:
+def abbreviate(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:50]}… (sha {_digest(text)[:8]})"
+    return text if len(text) <= 60 else f"{text[:50]}… (sha {digest(text)[:8]})"
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """Return the SHA-256 of `text`, which may hold lone surrogates, in hex digits."""
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -144,78 +134,53 @@ def cached_features(
     rank: int = 0,
     world: int = 1,
 ) -> FeatureCache:
-    """Return the cache of `records` in `folder`, extracting what is not there yet.
+    """Return the cache of `records` in `folder`; features that are not there yet are extracted.
 
-    `views` of each image are kept. With `amp` the CNN works in bfloat16 where the device is made
-    for it: about twice as fast, and the features differ in the third digit.
-    The file is called `name` and a digest of what makes it, so a cache of other weights, sizes or
-    images can lie beside it. Raises ValueError when over 1 % of the images cannot be read.
+    `views` of each image are kept. With `amp` the CNN runs in bfloat16 where the device supports
+    it: about twice as fast, and the features differ in the third digit. The file name is `name` and
+    a digest of the description, so that caches of other weights, sizes or images lie side by side.
+    Raises UserError where too many images cannot be read.
 
-    Of `world` processes that call this at once each builds its share of the files, then waits for
-    the others' (and builds what they, gone meanwhile, left undone).
+    If `world` processes call this at once, each extracts its share of the files and then waits for
+    the others (and takes over the files of those that have ended).
     """
     if not records:
         raise UserError(f"there are no images to encode for {name}")
     amp = amp and multiplies_bfloat16(torch.device(device))
     description = describe(records, encoder, img_size, amp, views)
-    key = _digest(repr(sorted(description.items())))[:10]
+    key = digest(repr(sorted(description.items())))[:10]
     path = folder / f"{name}-{encoder.name}-{img_size}-{key}.npy"
     batch_size = max(1, batch_size // views)
-    parts = _planned(path, description, len(records), batch_size, world)
-    for part, rows in [*parts[rank::world], *parts]:
-        with files.lock(part.with_suffix(".lock")):
-            if _finished(part):
+    encode = functools.partial(
+        encode_images,
+        encoder=encoder,
+        img_size=img_size,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        amp=amp,
+        views=views,
+    )
+    parts = plan_files(path, description, len(records), batch_size, world)
+    for file, rows in [*parts[rank::world], *parts]:
+        with files.lock(file.with_suffix(".lock")):
+            if file.exists() and file.with_suffix(".json").exists():
                 continue
-            chosen, about = records[rows], description
-            if part != path:
-                about = description | {"image_ids": [record.image_id for record in chosen]}
-            new = [each for each, _ in parts if not _begun(each)]
-            how = {"device": device, "batch_size": batch_size, "workers": workers, "amp": amp}
-            _extract(chosen, encoder, part, about, len(records), len(new), **how)
+            contents = description
+            if file != path:
+                image_ids = [record.image_id for record in records[rows]]
+                contents = description | {"image_ids": image_ids}
+            not_started = sum(not is_started(each) for each, _ in parts)
+            extract(records[rows], encode, file, contents, len(records), not_started)
     cache = FeatureCache(path, description)
-    if len(cache.left_out) > MAX_LEFT_OUT * len(records):  # together; repaired, they are read anew
-        for part in cache.paths:
-            if files.read_json(part.with_suffix(".json"))["left_out"]:
-                _discard(part.with_suffix(".json"), part)
-    report_left_out(list(cache.left_out), len(records), "can't be read")
+    try:
+        report_left_out(cache.left_out, len(records), "can't be read")
+    except UserError:  # once the images are repaired, their files must be extracted again
+        for file in cache.paths:
+            if files.read_json(file.with_suffix(".json"))["left_out"]:
+                remove(file.with_suffix(".json"), file)
+        raise
     return cache
-
-
-def _planned(
-    path: Path, description: dict[str, Any], images: int, batch_size: int, world: int
-) -> list[tuple[Path, slice]]:
-    """Return the files of a cache, each with its part of the records; begun ones stay as planned.
-
-    Several files where there are many images or several processes. All but the last hold whole
-    batches, so that features are the same however many there are.
-    """
-    index = path.with_suffix(".json")
-    with files.lock(path.with_suffix(".lock")):
-        if _begun(path):
-            return [(path, slice(None))]
-        about = files.read_json(index) if index.exists() else None
-        planned = about.get("images_per_file") if isinstance(about, dict) else None
-        if not planned:
-            planned = batch_size * -(-min(MOST_IMAGES, -(-images // world)) // batch_size)
-            if planned >= images:
-                return [(path, slice(None))]
-            files.write_json(index, description | {"images": images, "images_per_file": planned})
-    return _parts(path, images, planned)
-
-
-def _parts(path: Path, images: int, per_file: int) -> list[tuple[Path, slice]]:
-    return [
-        (path.with_name(f"{path.stem}-{number:05}.npy"), slice(start, start + per_file))
-        for number, start in enumerate(range(0, images, per_file))
-    ]
-
-
-def _begun(path: Path) -> bool:
-    return path.exists() or path.with_suffix(".part").exists()
-
-
-def _finished(path: Path) -> bool:
-    return path.exists() and path.with_suffix(".json").exists()
 
 
 def describe(
@@ -225,14 +190,13 @@ def describe(
     amp: bool = False,
     views: int = 1,
 ) -> dict[str, Any]:
-    """Return what a cache of these images by this encoder must say of itself."""
-    seen, ids, names = hashlib.sha256(), hashlib.sha256(), []
-    for number, record in enumerate(records):
-        line = f"{record.image_id} {_size(record.path)}"
-        seen.update(("\n" * bool(number) + line).encode("utf-8", "surrogatepass"))
-        ids.update(f"{record.image_id!r},".encode())
-        if len(records) <= MOST_IMAGES:
-            names.append(record.image_id)
+    """Return the description of a cache: everything that its features depend on."""
+    image_ids = [record.image_id for record in records]
+    # The size in bytes shows that an image file was replaced; -1: a link that leads nowhere.
+    sizes = [r.path.stat().st_size if r.path.exists() else -1 for r in records]
+    lines = [f"{image_id} {size}" for image_id, size in zip(image_ids, sizes, strict=True)]
+    if len(records) > MOST_IMAGES:  # several files, each of which lists its own ids
+        image_ids = digest("".join(f"{image_id!r}," for image_id in image_ids))
     return {
         "backbone": encoder.name,
         "weights": fingerprint(encoder),
@@ -241,93 +205,111 @@ def describe(
         "precision": "bfloat16" if amp else "float32",
         "transform": TRANSFORM,
         "views": views,
-        "image_ids": names or ids.hexdigest(),  # of many, each file has its own
-        "image_files": seen.hexdigest(),
+        "image_ids": image_ids,
+        "image_files": digest("\n".join(lines)),
     }
 
 
-def _size(path: Path) -> int:
-    """Return the bytes of a file, -1 where it is gone (a link that leads nowhere)."""
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return -1
+def plan_files(
+    path: Path, description: dict[str, Any], images: int, batch_size: int, world: int
+) -> list[tuple[Path, slice]]:
+    """Return the files of a cache, each with the slice of the records that it holds.
+
+    There are several files where there are many images or several processes. A plan that was
+    already started is kept. All files but the last hold full batches: the batches, and with them
+    the features, are the same however many files there are.
+    """
+    index = path.with_suffix(".json")
+    with files.lock(path.with_suffix(".lock")):
+        if is_started(path):
+            return [(path, slice(None))]
+        planned = files.read_json(index) if index.exists() else None
+        per_file = planned.get("images_per_file") if isinstance(planned, dict) else None
+        if not per_file:
+            share = -(-images // world)
+            per_file = batch_size * -(-min(MOST_IMAGES, share) // batch_size)
+            if per_file >= images:
+                return [(path, slice(None))]
+            files.write_json(index, description | {"images": images, "images_per_file": per_file})
+    return split_into_files(path, images, per_file)
 
 
-def _extract(
+def split_into_files(path: Path, images: int, per_file: int) -> list[tuple[Path, slice]]:
+    """Return the files of a cache of several, each with the slice of the images that it holds."""
+    return [
+        (path.with_name(f"{path.stem}-{number:05}.npy"), slice(start, start + per_file))
+        for number, start in enumerate(range(0, images, per_file))
+    ]
+
+
+def is_started(path: Path) -> bool:
+    return path.exists() or path.with_suffix(".part").exists()
+
+
+def extract(
     records: Sequence[Record],
-    encoder: Encoder,
+    encode: Callable[[Sequence[Record]], Iterator["EncodedBatch"]],
     path: Path,
     description: dict[str, Any],
     total: int,
-    new: int,
-    **how: Any,
+    not_started: int,
 ) -> None:
-    """Fill the cache at `path`; on return the .npy is complete and the .json says so.
+    """Write the features of `records` to `path` and their description beside it.
 
-    Until then features are in a .part file, and .progress says how many of its rows are good.
-    All files together hold `total` images, `new` of them are still to be begun: the disk must have
-    room for those. `how` is for `encode_images`.
+    Until all are there, the features are in a .part file, and .progress says how many of its rows
+    are valid. The cache has `total` images in all its files, `not_started` of which are still to
+    come: the disk must have room for those.
     """
     part, progress = path.with_suffix(".part"), path.with_suffix(".progress")
-    if path.exists():  # killed just before its .json was written, or somebody deleted that
+    if path.exists():  # killed before the .json was written, or the .json was deleted
         path.replace(part)
-    array, done, lost = _resumed(part, progress)
-    bar = tqdm(total=len(records), initial=done, desc=path.stem, unit=" images", disable=None)
-    batches = encode_images(
-        records[done:],
-        encoder,
-        description["img_size"],
-        views=description["views"],
-        **how,
-    )
+    array, done, left_out = None, 0, []
+    if part.exists() and progress.exists():
+        noted = files.read_json(progress)
+        done, left_out = noted["done"], noted["left_out"]
+        array = np.lib.format.open_memmap(part, mode="r+")
+    else:  # neither is of use without the other
+        remove(part, progress)
 
-    def note() -> None:
+    def save_progress() -> None:
         array.flush()
-        files.write_json(progress, {"done": done, "left_out": lost})
+        files.write_json(progress, {"done": done, "left_out": left_out})
 
+    bar = tqdm(total=len(records), initial=done, desc=path.stem, unit=" images", disable=None)
     try:
-        for number, (features, unread) in enumerate(batches, 1):
+        for number, batch in enumerate(encode(records[done:]), 1):
+            rows = len(batch.features)
             if array is None:
-                array = _new_array(part, (len(records), *features.shape[1:]), new)
-            array[done : done + len(features)] = features.cpu().numpy()
-            done, lost = done + len(features), lost + unread
-            bar.update(len(features))
-            if len(lost) > MAX_LEFT_OUT * total:
+                array = new_array(part, (len(records), *batch.features.shape[1:]), not_started)
+            array[done : done + rows] = batch.features.cpu().numpy()
+            done, left_out = done + rows, left_out + batch.unreadable
+            bar.update(rows)
+            if len(left_out) > MAX_LEFT_OUT * total:
                 array = None
-                _discard(part, progress)
-                report_left_out(lost, total, "can't be read")
+                remove(part, progress)
+                report_left_out(left_out, total, "can't be read")
             if number % SAVE_EVERY == 0 or done == len(records):
-                note()
-    except KeyboardInterrupt:  # Ctrl-C or SIGTERM: nothing that is done is done again
+                save_progress()
+    except KeyboardInterrupt:  # Ctrl-C or SIGTERM: no image is encoded twice
         if array is not None:
-            note()
+            save_progress()
         raise
     finally:
         bar.close()
-    array = None
+    array = None  # Windows can't rename a file that is mapped
     part.replace(path)
-    files.write_json(path.with_suffix(".json"), {**description, "left_out": lost})
-    _discard(progress)
+    files.write_json(path.with_suffix(".json"), {**description, "left_out": left_out})
+    remove(progress)
 
 
-def _resumed(part: Path, progress: Path) -> tuple[np.ndarray | None, int, list[str]]:
-    """Return the array of an extraction that was stopped, its good rows, and the ids left out."""
-    if not (part.exists() and progress.exists()):
-        _discard(part, progress)  # one without the other is worth nothing
-        return None, 0, []
-    noted = files.read_json(progress)
-    return np.lib.format.open_memmap(part, mode="r+"), noted["done"], noted["left_out"]
-
-
-def _discard(*paths: Path) -> None:
+def remove(*paths: Path) -> None:
     for path in paths:
         path.unlink(missing_ok=True)
 
 
-def _new_array(path: Path, shape: tuple[int, ...], count: int) -> np.ndarray:
-    """Return a new .npy file as an array; OSError where the disk has no room for `count` such."""
-    needed = 2 * int(np.prod(shape)) * max(1, count)
+def new_array(path: Path, shape: tuple[int, ...], count: int) -> np.ndarray:
+    """Return a new .npy file as an array; OSError if the disk has no room for `count` of them."""
+    needed = 2 * int(np.prod(shape)) * max(1, count)  # bytes: 2 per number
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(
@@ -337,16 +319,30 @@ def _new_array(path: Path, shape: tuple[int, ...], count: int) -> np.ndarray:
     array = None
     try:
         array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        # A mapped file has no blocks until it is written to; a disk that is full by then would
-        # end the process with a bus error.
+        # A mapped file has no blocks until it is written to. If the disk were full by then, the
+        # process would end with a bus error.
         if hasattr(os, "posix_fallocate"):
             with open(path, "rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:  # file systems that can't do it are no reason to stop
+    except OSError as error:
+        # Some file systems cannot allocate in advance; the array is usable all the same.
         if array is None or error.errno in (errno.ENOSPC, errno.EDQUOT):
             path.unlink(missing_ok=True)
             raise files.write_error(error.errno, path) from error
     return array
+
+
+class EncodedBatch(NamedTuple):
+    """The features of consecutive images.
+
+    `features` (B, views, S, C) float16, zeros for an image that can't be read; `unreadable`: the
+    ids of those; `seeds` (B): a checksum of each image's pixels (view 0), the seed with which
+    captions of it are sampled.
+    """
+
+    features: Tensor
+    unreadable: list[str | int]
+    seeds: list[int]
 
 
 def encode_images(
@@ -358,61 +354,55 @@ def encode_images(
     workers: int = 2,
     amp: bool = False,
     views: int = 1,
-) -> Iterator[tuple[Tensor, list[str]]]:
-    """Yield features (B, views, S, C) in float16, batch by batch, and which ids can't be read.
+) -> Iterator[EncodedBatch]:
+    """Yield the features of `views` of each image, batch by batch, in the order of `records`.
 
-    An image that can't be read has a row of zeros, so rows stay with their records. With `amp`
-    the CNN works in bfloat16.
+    With `amp` the CNN runs in bfloat16.
     """
-    loader = Loader(
-        _Pixels(records, img_size, views),
-        batch_size,
-        num_workers=min(workers, len(records)),
-        collate_fn=_stack,
-    )
+    images = ImageViews(records, img_size, views)
+    loader = Loader(images, batch_size, num_workers=min(workers, len(records)))
     dtype = torch.bfloat16 if amp else torch.float32
     encoder = folded(encoder).to(device, dtype)
-    for images, unread in loader:
-        with torch.no_grad():  # not around the yield: it would reach into the caller
-            images = images.to(device, dtype, non_blocking=True)
-            features = encoder(images.flatten(0, 1)).float().unflatten(0, images.shape[:2])
-        lost = [row for row, image_id in enumerate(unread) if image_id is not None]
+    start = 0
+    for pixels, seeds, readable in loader:
+        with torch.no_grad():  # not around the yield: it would apply to the caller's code too
+            pixels = pixels.to(device, dtype, non_blocking=True)
+            features = encoder(pixels.flatten(0, 1)).float().unflatten(0, pixels.shape[:2])
+        lost = (~readable).nonzero()[:, 0].tolist()
         features[lost] = 0
-        # float16 ends at 65,504; beyond it lies infinity.
-        yield features.clamp(-65504, 65504).half(), [unread[row] for row in lost]
+        unreadable = [records[start + row].image_id for row in lost]
+        start += len(features)
+        # float16 ends at 65,504: beyond it is infinity.
+        yield EncodedBatch(features.clamp(-65504, 65504).half(), unreadable, seeds.tolist())
 
 
-class _Pixels(Dataset):
-    """Records as views (views, 3, H, W) and None; if unreadable, grey pixels and the image's id."""
+class ImageViews(Dataset):
+    """Each image as (pixels (views, 3, H, W), seed, whether it could be read)."""
 
     def __init__(self, records: Sequence[Record], img_size: int, views: int):
         self.records, self.img_size, self.views = records, img_size, views
-        self.whole, self.part = (image_transform(img_size, train=crop) for crop in (False, True))
+        self.resize = image_transform(img_size, train=False)
+        self.random_crop = image_transform(img_size, train=True)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, str | None]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int, bool]:
         record = self.records[index]
         try:
             image = read_image(record.path)
         except UNREADABLE:
-            return torch.zeros(self.views, 3, self.img_size, self.img_size), record.image_id
-        return torch.stack([self.see(image, record.image_id, v) for v in range(self.views)]), None
-
-    def see(self, image: Any, image_id: str, view: int) -> Tensor:
-        """Return a view (3, H, W) of the image, the same each time."""
-        if view < 2:
-            pixels = self.whole(image)
-        else:
-            with fork_seeded("view", view, image_id):
-                pixels = self.part(image)
-        return pixels.flip(-1) if view % 2 else pixels
-
-
-def _stack(items: Sequence[tuple[Tensor, str | None]]) -> tuple[Tensor, list[str | None]]:
-    pixels, unread = zip(*items, strict=True)
-    return torch.stack(pixels), list(unread)
+            return torch.zeros(self.views, 3, self.img_size, self.img_size), 0, False
+        original = self.resize(image)
+        views = []
+        for view in range(self.views):
+            pixels = original
+            if view >= 2:
+                with fork_seeded("view", view, record.image_id):
+                    pixels = self.random_crop(image)
+            views.append(pixels.flip(-1) if is_mirrored(view) else pixels)
+        # The same seed as inference.Captioner's, so that both sample the same captions.
+        return torch.stack(views), zlib.crc32(original.contiguous().numpy()), True
 
 
 if __name__ == "__main__":

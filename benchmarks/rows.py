@@ -192,7 +192,7 @@ def extraction_row(machine: Machine, folder: Path) -> dict[str, Any]:
 
     def ours() -> None:
         parts = encode_images(records, encoder, 224, machine.device, 32, 2, fast)
-        found["ours"] = torch.cat([part[:, 0].cpu() for part, _ in parts]).float()
+        found["ours"] = torch.cat([part.features[:, 0].cpu() for part in parts]).float()
 
     slow, quick = machine.seconds(usual, ours)
     likeness = nn.functional.cosine_similarity(found["usual"], found["ours"], dim=-1)

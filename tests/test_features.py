@@ -1,4 +1,4 @@
-"""The cache is the encoder's own output, and says what made it."""
+"""The cache holds the encoder's output, and its description says what it was made from."""
 
 import functools
 import io
@@ -6,32 +6,42 @@ import json
 import os
 import pickle
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import caches
-from helpers.caches import build, contents, leftovers, stirred, stop_after
+from helpers.caches import (
+    ExtractionStoppedError,
+    build,
+    contents,
+    make_encoder,
+    make_images,
+    stop_after,
+    suffixes,
+)
 from PIL import Image
 from torch import nn
 
 import features
 from encoder import BACKBONES, Encoder, backbone, folded, image_transform
 from features import FeatureCache, cached_features, describe, encode_images
+from readers import Record
 from util.images import read_image
 
-# The pictures, the encoder and the cache of caches.py, made once for this file.
+# Fixtures, made once for this file.
 one_thread, records = caches.one_thread, caches.records
-encoder, whole = caches.encoder, caches.whole
+encoder, reference = caches.encoder, caches.reference
 
 
-# --- two ways, one answer
+# --- the contents
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_cache_is_the_encoder_on_the_pixels(name, records, tmp_path):
-    encoder, size = stirred(name), max(64, backbone(name).least_size)
+def test_the_cache_holds_the_encoders_output(name, records, tmp_path):
+    encoder, size = make_encoder(name), max(64, backbone(name).least_size)
     cache = build(records[:3], encoder, tmp_path, size=size)
     transform = image_transform(size, train=False)
     pixels = torch.stack([transform(read_image(record.path)) for record in records[:3]])
@@ -44,35 +54,37 @@ def test_the_cache_is_the_encoder_on_the_pixels(name, records, tmp_path):
     assert error < 2**-10  # float16 has 11 bits
 
 
-def test_the_file_is_float16_by_image_view_position_and_channel(whole, records):
-    array = np.load(whole.path)
+def test_the_file_is_float16_of_image_view_position_and_channel(reference, records):
+    array = np.load(reference.path)
     assert array.shape == (11, 1, 4, 128) and array.dtype == np.float16
     for row, record in enumerate(records):
-        assert record.image_id in whole
-        assert np.array_equal(whole.get(record.image_id).numpy(), array[row, 0])
-    assert "other.png" not in whole
-    assert isinstance(whole.array, np.memmap)
+        assert record.image_id in reference
+        assert np.array_equal(reference.get(record.image_id).numpy(), array[row, 0])
+    assert "other.png" not in reference and len(reference) == 11
+    with pytest.raises(KeyError):
+        reference.get("other.png")
 
 
-def test_batches_and_workers_change_nothing_that_float16_shows(whole, records, encoder, tmp_path):
+def test_batch_size_and_workers_change_no_feature(reference, records, encoder, tmp_path):
     other = build(records, encoder, tmp_path, batch_size=4, workers=2)
-    assert np.allclose(other.array, whole.array, rtol=2e-3, atol=1e-4)
-    assert other.description == whole.description
+    arrays = [np.load(cache.path) for cache in (other, reference)]
+    assert np.allclose(*arrays, rtol=2e-3, atol=1e-4)
+    assert other.description == reference.description
 
 
-def test_a_made_cache_is_read_and_not_made_again(whole, records, encoder, monkeypatch):
-    before = contents(whole)
+def test_an_existing_cache_is_not_extracted_again(reference, records, encoder, monkeypatch):
+    before = contents(reference)
     stop_after(monkeypatch, 0)
-    again = build(records, encoder, whole.path.parent)
-    assert again.path == whole.path and contents(again) == before
-    assert leftovers(whole.path.parent) == {".npy", ".json"}
+    again = build(records, encoder, reference.path.parent)
+    assert again.path == reference.path and contents(again) == before
+    assert suffixes(reference.path.parent) == {".npy", ".json"}
 
 
-# --- what made a cache
+# --- the description
 
 
-def test_a_cache_says_what_made_it(whole, records, encoder):
-    description = whole.description
+def test_the_description_says_what_the_cache_was_made_from(reference, records, encoder):
+    description = reference.description
     assert description["backbone"] == "tiny" and description["img_size"] == 32
     assert description["image_ids"] == [record.image_id for record in records]
     assert {"weights", "transform", "views", "left_out"} <= description.keys()
@@ -82,15 +94,15 @@ def test_a_cache_says_what_made_it(whole, records, encoder):
     }
 
 
-def test_other_weights_sizes_and_images_have_caches_of_their_own(records, encoder, tmp_path):
-    other = stirred("tiny")
+def test_other_weights_sizes_and_images_have_separate_caches(records, encoder, tmp_path):
+    other = make_encoder("tiny")
     other.cnn.conv0.weight.data[0, 0, 0, 0] += 1
     for count, arguments in enumerate(
         [(records, encoder), (records, other), (records[:5], encoder), (records[::-1], encoder)], 1
     ):
         cache = build(*arguments, tmp_path)
         assert len(list(tmp_path.glob("*.npy"))) == count
-        assert len(cache.rows) == len(arguments[0])
+        assert len(cache) == len(arguments[0])
     assert build(records, encoder, tmp_path, size=64).get("000.png").shape == (16, 128)
     pooled = Encoder("tiny", grid=1)
     pooled.load_state_dict(encoder.state_dict())
@@ -107,15 +119,15 @@ def test_other_weights_sizes_and_images_have_caches_of_their_own(records, encode
         ("transform", "crop", ("'squash-bilinear-imagenet'", "'crop'")),
     ],
 )
-def test_a_cache_of_something_else_shows_both_values(key, value, shown, whole):
-    expected = {**whole.description, key: value}
+def test_the_error_for_an_unexpected_cache_shows_both_values(key, value, shown, reference):
+    expected = {**reference.description, key: value}
     with pytest.raises(ValueError, match=f"has {key} {shown[0]}, but {shown[1]} is wanted"):
-        FeatureCache(whole.path, expected)
+        FeatureCache(reference.path, expected)
 
 
-def test_a_damaged_cache_says_so(whole, tmp_path):
-    path = Path(shutil.copy(whole.path, tmp_path / "c.npy"))
-    about = Path(shutil.copy(whole.path.with_suffix(".json"), tmp_path / "c.json"))
+def test_a_damaged_cache_is_an_error(reference, tmp_path):
+    path = Path(shutil.copy(reference.path, tmp_path / "c.npy"))
+    about = Path(shutil.copy(reference.path.with_suffix(".json"), tmp_path / "c.json"))
     os.truncate(path, 1000)
     with pytest.raises(ValueError, match=r"c\.npy is damaged .*delete it"):
         FeatureCache(path)
@@ -124,16 +136,38 @@ def test_a_damaged_cache_says_so(whole, tmp_path):
         FeatureCache(path)
 
 
-def test_a_cache_that_lost_its_array_is_made_again(whole, records, encoder, tmp_path):
+def test_a_cache_whose_array_was_deleted_is_made_again(reference, records, encoder, tmp_path):
     before = contents(build(records, encoder, tmp_path))
     next(tmp_path.glob("*.npy")).unlink()
-    assert contents(build(records, encoder, tmp_path)) == before == contents(whole)
+    assert contents(build(records, encoder, tmp_path)) == before == contents(reference)
 
 
-def test_a_worker_process_gets_the_files_name_and_not_its_contents(whole):
-    sent = pickle.dumps(whole)
+def test_a_worker_process_receives_the_path_and_not_the_contents(reference):
+    sent = pickle.dumps(reference)
     assert len(sent) < 1000
-    assert torch.equal(pickle.loads(sent).get("003.png"), whole.get("003.png"))
+    assert torch.equal(pickle.loads(sent).get("003.png"), reference.get("003.png"))
+
+
+@pytest.mark.parametrize(
+    ("records", "key"),
+    [
+        ([Record("a.png", Path("a.png"), ("x",)), Record("\udcff.png", Path("b.png"), ())],
+         "2484249c8b"),
+        ([Record(number, Path("gone.png"), ()) for number in range(9000)], "c1bfb7e391"),
+    ],
+    ids=["names", "numbers in several files"],
+)  # fmt: skip
+def test_the_key_of_a_cache_has_not_changed(records, key, tmp_path, monkeypatch):
+    """Caches made by earlier versions must be found."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.png").write_bytes(b"12345")
+    encoder = Encoder("tiny")
+    for number, tensor in enumerate(encoder.state_dict().values()):
+        tensor.copy_(torch.full_like(tensor, number % 5 + 1))
+    stop_after(monkeypatch, 0)
+    with pytest.raises(ExtractionStoppedError):
+        build(records, encoder, tmp_path, views=2)
+    assert (tmp_path / f"test-tiny-32-{key}.lock").exists()
 
 
 def test_no_images_are_an_error(encoder, tmp_path):
@@ -141,37 +175,36 @@ def test_no_images_are_an_error(encoder, tmp_path):
         build([], encoder, tmp_path)
 
 
-# --- several views
+# --- views
 
 
-def test_views_are_the_image_its_mirror_image_and_parts_of_it(records, encoder, whole, tmp_path):
+def test_views_are_the_image_its_mirror_image_and_crops(records, encoder, reference, tmp_path):
     cache = build(records, encoder, tmp_path, views=4)
-    assert cache.array.shape[:2] == (len(records), 4)
-    mirrored = image_transform(32, train=False)
+    assert np.load(cache.path).shape[:2] == (len(records), 4)
+    transform = image_transform(32, train=False)
     for record in records[:3]:
         seen = [cache.get(record.image_id, view) for view in range(4)]
-        assert torch.equal(seen[0], whole.get(record.image_id))
-        pixels = mirrored(read_image(record.path).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
+        assert torch.equal(seen[0], reference.get(record.image_id))
+        pixels = transform(read_image(record.path).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
         expected = folded(encoder)(pixels[None])[0].half()
         torch.testing.assert_close(seen[1], expected, atol=2e-3, rtol=2e-3)
         for one in range(4):
             assert not any(torch.equal(seen[one], seen[other]) for other in range(one))
 
 
-def test_views_are_the_same_each_time_and_for_any_batch(records, encoder, tmp_path):
+def test_views_do_not_depend_on_the_batch(records, encoder, tmp_path):
     first = build(records, encoder, tmp_path / "first", views=3, batch_size=6)
     again = build(records, encoder, tmp_path / "again", views=3, batch_size=1)
-    assert torch.allclose(
-        *(torch.from_numpy(each.array).float() for each in (first, again)), atol=1e-3
-    )
+    arrays = [np.load(cache.path).astype(np.float32) for cache in (first, again)]
+    assert np.allclose(*arrays, atol=1e-3)
 
 
-def test_caches_of_other_views_lie_side_by_side(records, encoder, tmp_path):
+def test_caches_of_different_views_are_separate(records, encoder, tmp_path):
     paths = {build(records, encoder, tmp_path, views=views).path for views in (1, 2)}
     assert len(paths) == 2 and all(path.exists() for path in paths)
 
 
-# --- the encoder's run
+# --- encode_images
 
 
 def test_values_beyond_float16_stay_finite(records):
@@ -179,47 +212,67 @@ def test_values_beyond_float16_stay_finite(records):
     for bias in (encoder.cnn.bn4.bias.data, encoder.cnn.bn4.running_mean):
         bias.fill_(1e6)
     encoder.cnn.bn4.running_mean.zero_()
-    ((batch, lost),) = encode_images(records[:2], encoder, 32, workers=0)
-    assert batch.dtype == torch.float16 and bool((batch == 65504).all()) and lost == []
+    (batch,) = encode_images(records[:2], encoder, 32, workers=0)
+    assert batch.features.dtype == torch.float16 and bool((batch.features == 65504).all())
 
 
-def test_encoding_leaves_the_callers_gradients_on(records, encoder):
-    for batch, _ in encode_images(records[:3], encoder, 32, batch_size=2, workers=0):
+@pytest.mark.parametrize(("views", "workers"), [(1, 0), (3, 1)])
+def test_the_seed_of_an_image_is_the_checksum_of_its_pixels(views, workers, records, encoder):
+    settings = {"batch_size": 4, "workers": workers, "views": views}
+    batches = list(encode_images(records, encoder, 32, **settings))
+    transform = image_transform(32, train=False)
+    expected = [
+        zlib.crc32(transform(read_image(record.path)).contiguous().numpy()) for record in records
+    ]
+    assert [seed for batch in batches for seed in batch.seeds] == expected
+    assert len(set(expected)) == len(records) and {type(seed) for seed in batches[0].seeds} == {int}
+
+
+def test_an_unreadable_image_has_a_row_of_zeros(encoder, tmp_path):
+    records = make_images(tmp_path, 5)
+    records[3].path.write_bytes(b"<html>")
+    first, second, third = encode_images(records, encoder, 32, batch_size=2, workers=0)
+    assert [batch.unreadable for batch in (first, second, third)] == [[], ["003.png"], []]
+    assert second.features[0].any() and not second.features[1].any()
+    assert [len(batch.seeds) for batch in (first, second, third)] == [2, 2, 1]
+
+
+def test_gradients_stay_enabled_for_the_caller(records, encoder):
+    for batch in encode_images(records[:3], encoder, 32, batch_size=2, workers=0):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         weight = torch.ones(1, requires_grad=True)
-        (batch.float() * weight).sum().backward()
+        (batch.features.float() * weight).sum().backward()
 
 
 def test_the_encoder_runs_folded_and_channels_last(records, encoder, monkeypatch):
-    ran = []
+    calls = []
 
-    def watched(original):
-        light = features_folded(original)
-        light.cnn.register_forward_pre_hook(lambda module, given: ran.append((light, given[0])))
+    def fold_and_record(original):
+        light = folded(original)
+        light.cnn.register_forward_pre_hook(lambda cnn, inputs: calls.append((cnn, inputs[0])))
         return light
 
-    features_folded = features.folded
-    monkeypatch.setattr(features, "folded", watched)
+    monkeypatch.setattr(features, "folded", fold_and_record)
     list(encode_images(records[:4], encoder, 32, workers=0))
-    ((light, pixels),) = ran
-    assert not any(isinstance(part, nn.BatchNorm2d) for part in light.modules())
+    ((cnn, pixels),) = calls
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in cnn.modules())
     assert pixels.is_contiguous(memory_format=torch.channels_last)
-    assert light.cnn.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert cnn.conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_progress_shows_images_per_second(records, encoder, tmp_path, monkeypatch):
-    said, tqdm = io.StringIO(), features.tqdm
+    output, tqdm = io.StringIO(), features.tqdm
 
     @functools.wraps(tqdm)
-    def shown(*arguments, **keywords):
-        return tqdm(*arguments, **{**keywords, "disable": False, "file": said, "mininterval": 0})
+    def visible(*arguments, **keywords):
+        return tqdm(*arguments, **{**keywords, "disable": False, "file": output, "mininterval": 0})
 
-    monkeypatch.setattr(features, "tqdm", shown)
+    monkeypatch.setattr(features, "tqdm", visible)
     build(records, encoder, tmp_path)
-    assert "11/11" in said.getvalue() and " images/s" in said.getvalue()
+    assert "11/11" in output.getvalue() and " images/s" in output.getvalue()
 
 
-def test_bfloat16_features_are_nearly_those_of_float32_in_a_cache_of_their_own(
+def test_bfloat16_features_are_close_to_float32_and_cached_separately(
     records, encoder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("features.multiplies_bfloat16", lambda device: True)
@@ -235,7 +288,7 @@ def test_bfloat16_features_are_nearly_those_of_float32_in_a_cache_of_their_own(
         assert not torch.equal(one, two)
 
 
-def test_without_such_a_device_features_are_float32(records, encoder, tmp_path, monkeypatch):
+def test_a_device_without_bfloat16_makes_float32_features(records, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr("features.multiplies_bfloat16", lambda device: False)
     cache = cached_features(records, encoder, 64, tmp_path, "train", workers=0, amp=True)
     assert cache.description["precision"] == "float32"

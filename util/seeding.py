@@ -21,7 +21,7 @@ def derive_seed(*parts: int | str) -> int:
 
 @contextlib.contextmanager
 def fork_seeded(*parts: int | str) -> Iterator[None]:
-    """Seed torch's CPU generator with `derive_seed(*parts)` inside the block, and restore it after."""
+    """Seed torch's CPU generator with `derive_seed(*parts)` inside the block, then restore it."""
     with torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also seed the GPU, whose state fork_rng does not restore here.
         torch.default_generator.manual_seed(derive_seed(*parts))

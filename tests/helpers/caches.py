@@ -1,4 +1,4 @@
-"""Pictures, an encoder and the cache of them, and what breaks an extraction off."""
+"""Images, an encoder and a feature cache for tests, and ways to interrupt an extraction."""
 
 from pathlib import Path
 
@@ -17,15 +17,15 @@ from util.images import read_image
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Rounding may depend on the number of threads, and a forked process can have but one."""
+    """Use one thread: rounding may depend on their number, and a forked process has only one."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
-def draw(folder: Path, count: int) -> list[Record]:
-    """Write pictures that all differ."""
+def make_images(folder: Path, count: int) -> list[Record]:
+    """Write `count` random images, each with one caption."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for number in range(count):
@@ -36,31 +36,31 @@ def draw(folder: Path, count: int) -> list[Record]:
     return made
 
 
-def stirred(name: str) -> Encoder:
-    """A frozen encoder, the same at every call, whose BatchNorm has something to do."""
+def make_encoder(name: str) -> Encoder:
+    """Return a frozen encoder, the same at every call, with BatchNorm statistics of its own."""
     torch.manual_seed(0)
     encoder = Encoder(name)
     for part in encoder.modules():
         if isinstance(part, nn.BatchNorm2d):
-            part.momentum = 1.0  # its statistics become those of the one batch it sees here
+            part.momentum = 1.0  # the statistics become those of the one batch below
     size = max(64, backbone(name).least_size)
     encoder.cnn.train()
     with torch.no_grad():
         encoder(torch.rand(4, 3, size, size) * 4 - 2)
     for part in encoder.modules():
-        if isinstance(part, nn.BatchNorm2d):  # a channel that said nothing would drown in rounding
+        if isinstance(part, nn.BatchNorm2d):  # a constant channel would amplify rounding errors
             part.running_var.clamp_(min=0.01)
     return encoder.train()
 
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> list[Record]:
-    return draw(tmp_path_factory.mktemp("pictures"), 11)
+    return make_images(tmp_path_factory.mktemp("images"), 11)
 
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    return stirred("tiny")
+    return make_encoder("tiny")
 
 
 def build(records, encoder, folder, name="test", size=32, **how) -> FeatureCache:
@@ -68,32 +68,32 @@ def build(records, encoder, folder, name="test", size=32, **how) -> FeatureCache
     return cached_features(records, encoder, size, folder, name, **how)
 
 
-def leftovers(folder: Path) -> set[str]:
-    """The suffixes of the files in a cache folder, the lock aside."""
+def suffixes(folder: Path) -> set[str]:
+    """Return the suffixes of the files in a cache folder, without the locks."""
     return {path.suffix for path in folder.iterdir() if path.suffix != ".lock"}
 
 
 @pytest.fixture(scope="module")
-def whole(records, encoder, tmp_path_factory) -> FeatureCache:
-    """A cache that nobody disturbed."""
-    return build(records, encoder, tmp_path_factory.mktemp("whole"))
+def reference(records, encoder, tmp_path_factory) -> FeatureCache:
+    """A cache whose extraction was not interrupted."""
+    return build(records, encoder, tmp_path_factory.mktemp("reference"))
 
 
 def contents(cache: FeatureCache) -> tuple[bytes, bytes]:
     return cache.path.read_bytes(), cache.path.with_suffix(".json").read_bytes()
 
 
-class Stop(Exception):  # noqa: N818
-    """Stands for whatever breaks the work off."""
+class ExtractionStoppedError(Exception):
+    """Stands for anything that ends an extraction early."""
 
 
 def stop_after(monkeypatch, count: int) -> list[Path]:
-    """Break the work off after so many pictures; return the list of those that were read."""
+    """End the extraction after `count` images; return the list of the paths read, which grows."""
     read = []
 
     def stopping(path):
         if len(read) == count:
-            raise Stop
+            raise ExtractionStoppedError
         read.append(path)
         return read_image(path)
 

@@ -1,4 +1,4 @@
-"""The cache is the same however often its making was broken off, in one file or several."""
+"""An interrupted extraction ends with the same cache, in one file or several."""
 
 import errno
 import logging
@@ -9,10 +9,19 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import caches
-from helpers.caches import Stop, build, contents, draw, leftovers, stirred, stop_after
+from helpers.caches import (
+    ExtractionStoppedError,
+    build,
+    contents,
+    make_encoder,
+    make_images,
+    stop_after,
+    suffixes,
+)
 
 import features
 from encoder import image_transform
@@ -20,66 +29,66 @@ from features import FeatureCache, describe
 from util import files
 from util.images import read_image
 
-# The pictures, the encoder and the cache of caches.py, made once for this file.
+# Fixtures, made once for this file.
 one_thread, records = caches.one_thread, caches.records
-encoder, whole = caches.encoder, caches.whole
+encoder, reference = caches.encoder, caches.reference
 
 
-# --- broken off, killed, at once
+# --- interrupted, killed, two at once
 
 
 @pytest.mark.parametrize("count", [1, 5, 6, 9])
-def test_a_broken_off_extraction_goes_on_where_it_stopped(
-    count, whole, records, encoder, tmp_path, monkeypatch
+def test_an_interrupted_extraction_continues_where_it_stopped(
+    count, reference, records, encoder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(features, "SAVE_EVERY", 2)  # notes after 4 and 8 pictures
+    monkeypatch.setattr(features, "SAVE_EVERY", 2)  # progress is saved after 4 and 8 images
     stop_after(monkeypatch, count)
-    with pytest.raises(Stop):
+    with pytest.raises(ExtractionStoppedError):
         build(records, encoder, tmp_path)
-    assert ".npy" not in leftovers(tmp_path) and ".json" not in leftovers(tmp_path)
+    assert ".npy" not in suffixes(tmp_path) and ".json" not in suffixes(tmp_path)
     read = stop_after(monkeypatch, 99)
     cache = build(records, encoder, tmp_path)
-    assert contents(cache) == contents(whole)
+    assert contents(cache) == contents(reference)
     assert read == [record.path for record in records[count // 4 * 4 :]]
-    assert leftovers(tmp_path) == {".npy", ".json"}
+    assert suffixes(tmp_path) == {".npy", ".json"}
 
 
-def test_killed_before_the_last_file_was_written_no_picture_is_read_again(
-    whole, records, encoder, tmp_path, monkeypatch
+def test_no_image_is_read_again_after_a_kill_before_the_last_file_was_written(
+    reference, records, encoder, tmp_path, monkeypatch
 ):
     write_json = features.files.write_json
 
     def stopping(path, value):
         if path.suffix == ".json":
-            raise Stop
+            raise ExtractionStoppedError
         write_json(path, value)
 
     with monkeypatch.context() as patch:
         patch.setattr(features.files, "write_json", stopping)
-        with pytest.raises(Stop):
+        with pytest.raises(ExtractionStoppedError):
             build(records, encoder, tmp_path)
     stop_after(monkeypatch, 0)
-    assert contents(build(records, encoder, tmp_path)) == contents(whole)
-    assert leftovers(tmp_path) == {".npy", ".json"}
+    assert contents(build(records, encoder, tmp_path)) == contents(reference)
+    assert suffixes(tmp_path) == {".npy", ".json"}
 
 
 @pytest.mark.parametrize("gone", [".part", ".progress"])
-def test_half_of_the_notes_of_a_broken_off_extraction_is_not_believed(
-    gone, whole, records, encoder, tmp_path, monkeypatch
+def test_an_extraction_starts_again_where_one_of_its_two_files_is_missing(
+    gone, reference, records, encoder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(features, "SAVE_EVERY", 2)
-    for count in (9, 3):  # the second time nothing is noted
+    for count in (9, 3):  # the second time no progress was saved
         stop_after(monkeypatch, count)
-        with pytest.raises(Stop):
+        with pytest.raises(ExtractionStoppedError):
             build(records, encoder, tmp_path)
         for path in tmp_path.glob(f"*{gone}"):
             path.unlink()
     stop_after(monkeypatch, 99)
-    assert contents(build(records, encoder, tmp_path)) == contents(whole)
+    assert contents(build(records, encoder, tmp_path)) == contents(reference)
 
 
-def work(records, folder: Path, last: int, count) -> None:
-    """Build the cache in a process of its own, killed when it has read `last` pictures."""
+def build_in_process(records, folder: Path, last: int, count) -> None:
+    """Build the cache; kill this process when it has read `last` images."""
 
     def reading(path):
         if count.value == last:
@@ -89,44 +98,42 @@ def work(records, folder: Path, last: int, count) -> None:
 
     torch.set_num_threads(1)
     features.read_image, features.SAVE_EVERY = reading, 1
-    build(records, stirred("tiny"), folder)
+    build(records, make_encoder("tiny"), folder)
 
 
 def start(records, folder: Path, last: int) -> tuple:
-    """Start a process that builds the cache; return it and the count of pictures it has read."""
+    """Start a process that builds the cache; return it and the count of images it has read."""
     context = multiprocessing.get_context("fork")
     count = context.Value("i", 0)
-    process = context.Process(target=work, args=(records, folder, last, count))
+    process = context.Process(target=build_in_process, args=(records, folder, last, count))
     process.start()
     return process, count
 
 
-def test_a_killed_extraction_equals_an_undisturbed_one(
-    whole, records, encoder, tmp_path, monkeypatch
+def test_a_killed_extraction_continues_to_the_same_cache(
+    reference, records, encoder, tmp_path, monkeypatch
 ):
     process, count = start(records, tmp_path, 7)
     process.join(60)
     assert process.exitcode == -signal.SIGKILL and count.value == 7
-    assert leftovers(tmp_path) == {".part", ".progress"}
+    assert suffixes(tmp_path) == {".part", ".progress"}
     read = stop_after(monkeypatch, 99)
-    assert contents(build(records, encoder, tmp_path)) == contents(whole)
+    assert contents(build(records, encoder, tmp_path)) == contents(reference)
     assert read == [record.path for record in records[6:]]
 
 
-def test_two_processes_at_once_build_once_and_agree(whole, records, tmp_path):
+def test_two_processes_at_once_extract_only_once(reference, records, tmp_path):
     started = [start(records, tmp_path, 99) for _ in range(2)]
     for process, _ in started:
         process.join(60)
     assert [process.exitcode for process, _ in started] == [0, 0]
     assert sorted(count.value for _, count in started) == [0, 11]
     (path,) = tmp_path.glob("*.npy")
-    assert contents(FeatureCache(path)) == contents(whole)
+    assert contents(FeatureCache(path)) == contents(reference)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_extraction_that_is_asked_to_stop_does_no_picture_twice(
-    number, whole, records, encoder, tmp_path, monkeypatch
-):
+def test_a_signal_saves_all_progress(number, reference, records, encoder, tmp_path, monkeypatch):
     read = []
 
     def stopping(path):
@@ -141,7 +148,7 @@ def test_an_extraction_that_is_asked_to_stop_does_no_picture_twice(
             files.run(lambda: build(records, encoder, tmp_path))
     assert stop.value.code == 130
     again = stop_after(monkeypatch, 99)
-    assert contents(build(records, encoder, tmp_path)) == contents(whole)
+    assert contents(build(records, encoder, tmp_path)) == contents(reference)
     assert again == [record.path for record in records[6:]]
 
 
@@ -149,87 +156,90 @@ def test_an_extraction_that_is_asked_to_stop_does_no_picture_twice(
 
 
 def test_a_cache_of_several_files_is_the_cache_of_one(
-    whole, records, encoder, tmp_path, monkeypatch
+    reference, records, encoder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(features, "MOST_IMAGES", 3)  # whole batches of two: four images in a file
+    monkeypatch.setattr(features, "MOST_IMAGES", 3)  # full batches of two: four images per file
     cache = build(records, encoder, tmp_path)
-    assert [len(array) for array in cache.arrays] == [4, 4, 3] and len(cache.rows) == 11
+    assert [len(array) for array in cache.arrays] == [4, 4, 3] and len(cache) == 11
     for record in records:
         assert record.image_id in cache
-        assert torch.equal(cache.get(record.image_id), whole.get(record.image_id))
-    assert "other.png" not in cache and leftovers(tmp_path) == {".npy", ".json"}
+        assert torch.equal(cache.get(record.image_id), reference.get(record.image_id))
+    assert "other.png" not in cache and suffixes(tmp_path) == {".npy", ".json"}
     again = pickle.loads(pickle.dumps(cache))
-    assert torch.equal(again.get("010.png"), whole.get("010.png"))
+    assert torch.equal(again.get("010.png"), reference.get("010.png"))
     stop_after(monkeypatch, 0)
     build(records, encoder, tmp_path)
     with pytest.raises(ValueError, match="has image_ids '[0-9a-f]{49}… .*, but '[0-9a-f]{49}"):
         FeatureCache(cache.path, describe(records[1:], encoder, 32))
 
 
-def test_each_process_builds_its_files_and_what_another_left_undone(
-    whole, records, encoder, tmp_path, monkeypatch
+def test_each_process_builds_its_files_and_then_those_that_are_missing(
+    reference, records, encoder, tmp_path, monkeypatch
 ):
     read = stop_after(monkeypatch, 99)
     caches = [build(records, encoder, tmp_path, rank=rank, world=3) for rank in (2, 0, 1)]
-    # Alone so far, the third process builds its own file first, then those of the others.
+    # The third process runs first and alone: it builds its own file, then those of the others.
     order = [*records[8:], *records[:4], *records[4:8]]
     assert read == [record.path for record in order]
     for cache in caches:
-        assert all(torch.equal(cache.get(r.image_id), whole.get(r.image_id)) for r in records)
+        assert all(torch.equal(cache.get(r.image_id), reference.get(r.image_id)) for r in records)
     assert len(build(records, encoder, tmp_path).arrays) == 3  # one process takes the same files
     assert len(read) == 11
 
 
-def test_an_extraction_into_several_files_goes_on_where_it_stopped(
-    whole, records, encoder, tmp_path, monkeypatch
+def test_an_extraction_into_several_files_continues_where_it_stopped(
+    reference, records, encoder, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(features, "SAVE_EVERY", 1)
     monkeypatch.setattr(features, "MOST_IMAGES", 4)
     stop_after(monkeypatch, 7)
-    with pytest.raises(Stop):
+    with pytest.raises(ExtractionStoppedError):
         build(records, encoder, tmp_path)
     read = stop_after(monkeypatch, 99)
     cache = build(records, encoder, tmp_path)
     assert read == [record.path for record in records[6:]]
-    assert all(torch.equal(cache.get(r.image_id), whole.get(r.image_id)) for r in records)
+    assert all(torch.equal(cache.get(r.image_id), reference.get(r.image_id)) for r in records)
 
 
-def test_unreadable_pictures_are_counted_over_all_files(encoder, tmp_path, monkeypatch, caplog):
+def test_unreadable_images_are_counted_over_all_files(encoder, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(features, "MOST_IMAGES", 50)
-    records = draw(tmp_path / "pictures", 200)
+    records = make_images(tmp_path / "images", 200)
     for place in (4, 9):  # two of fifty: too many for one file, not for all
         records[place].path.write_bytes(b"<html>")
     with caplog.at_level(logging.WARNING):
         cache = build(records, encoder, tmp_path / "cache", batch_size=50)
     assert caplog.messages == ["left out: 2 of 200 images can't be read: 004.png, 009.png"]
-    assert len(cache.rows) == 198 and "004.png" not in cache and "150.png" in cache
+    assert len(cache) == 198 and "004.png" not in cache and "150.png" in cache
 
 
-# --- pictures that can't be read
+# --- unreadable images
 
 
-def test_a_few_unreadable_pictures_are_listed_and_left_out(encoder, tmp_path, caplog):
-    records = draw(tmp_path / "pictures", 200)
+def test_a_few_unreadable_images_are_left_out_and_reported(encoder, tmp_path, caplog):
+    records = make_images(tmp_path / "images", 200)
     records[4].path.write_bytes(b"<html>")
     records[9].path.unlink()
     with caplog.at_level(logging.WARNING):
         cache = build(records, encoder, tmp_path / "cache", batch_size=50)
     assert caplog.messages == ["left out: 2 of 200 images can't be read: 004.png, 009.png"]
-    assert len(cache.rows) == 198 and "004.png" not in cache and "009.png" not in cache
-    assert not cache.array[4].any() and not cache.array[9].any() and cache.array[5].any()
+    assert len(cache) == 198 and "004.png" not in cache and "009.png" not in cache
+    array = np.load(cache.path)
+    assert not array[4].any() and not array[9].any() and array[5].any()
     with torch.no_grad():
         pixels = image_transform(32, train=False)(read_image(records[10].path))
         expected = encoder(pixels[None])[0]
     assert torch.allclose(cache.get("010.png").float(), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_too_many_unreadable_pictures_leave_nothing_and_can_be_repaired(encoder, tmp_path):
-    records = draw(tmp_path / "pictures", 20)
+def test_after_too_many_unreadable_images_nothing_is_kept_and_repaired_ones_are_read(
+    encoder, tmp_path
+):
+    records = make_images(tmp_path / "images", 20)
     good = records[4].path.read_bytes()
     records[4].path.write_bytes(bytes(len(good)))  # the same size: the same cache
     with pytest.raises(ValueError, match=r"1 of 20 images can't be read: 004\.png; more than 1 %"):
         build(records, encoder, tmp_path / "cache")
-    assert leftovers(tmp_path / "cache") == set()
+    assert suffixes(tmp_path / "cache") == set()
     records[4].path.write_bytes(good)
     assert "004.png" in build(records, encoder, tmp_path / "cache")
 
@@ -237,15 +247,17 @@ def test_too_many_unreadable_pictures_leave_nothing_and_can_be_repaired(encoder,
 # --- a full disk
 
 
-def test_too_little_space_is_known_before_the_work(records, encoder, tmp_path, monkeypatch):
+def test_too_little_space_is_an_error_before_the_extraction(
+    records, encoder, tmp_path, monkeypatch
+):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OSError, match=r"test-tiny-32-.* needs 0\.0 GB .*--cache-dir on another"):
         build(records, encoder, tmp_path)
-    assert leftovers(tmp_path) == set()
+    assert suffixes(tmp_path) == set()
 
 
-def test_room_for_the_whole_cache_is_taken_at_the_start(records, encoder, tmp_path, monkeypatch):
+def test_disk_space_is_allocated_at_the_start(records, encoder, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -253,17 +265,17 @@ def test_room_for_the_whole_cache_is_taken_at_the_start(records, encoder, tmp_pa
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(OSError, match=r"No space left on device\): .*test-tiny-32"):
             build(records, encoder, tmp_path)
-    assert leftovers(tmp_path) == set()
+    assert suffixes(tmp_path) == set()
     stop_after(monkeypatch, 3)
-    with pytest.raises(Stop):
+    with pytest.raises(ExtractionStoppedError):
         build(records, encoder, tmp_path)
     (part,) = tmp_path.glob("*.part")
     assert part.stat().st_blocks * 512 >= 2 * 11 * 4 * 128
 
 
 @pytest.mark.skipif(os.name != "posix", reason="no limits of file sizes on Windows")
-def test_a_full_disk_is_told_with_the_name_of_the_cache(
-    whole, records, encoder, tmp_path, monkeypatch
+def test_the_error_for_a_full_disk_names_the_cache(
+    reference, records, encoder, tmp_path, monkeypatch
 ):
     import resource
 
@@ -274,11 +286,11 @@ def test_a_full_disk_is_told_with_the_name_of_the_cache(
             build(records, encoder, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert leftovers(tmp_path) == set()
-    assert contents(build(records, encoder, tmp_path)) == contents(whole)
+    assert suffixes(tmp_path) == set()
+    assert contents(build(records, encoder, tmp_path)) == contents(reference)
 
 
-def test_room_is_asked_for_all_files_at_the_first(records, encoder, tmp_path, monkeypatch):
+def test_space_for_all_files_is_checked_at_the_first(records, encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "MOST_IMAGES", 4)
     usage = shutil.disk_usage(tmp_path)._replace(free=2 * 4 * 4 * 128 * 2)  # for two files
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)

@@ -54,7 +54,7 @@ def marking(owner, name, phase):
             now[0] = outer
     setattr(owner, name, marked)
 
-marking(features, "_extract", "caching")
+marking(features, "extract", "caching")
 marking(trainer.Trainer, "step", lambda given: "critical" if given[0].critical else "step")
 marking(evaluate, "caption_split", "evaluation")
 marking(evaluate, "split_loss", "evaluation")
