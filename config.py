@@ -284,6 +284,7 @@ def configure(argv: list[str] | None) -> Config:
                 f"--{name.replace('_', '-')} {now} differs from the run's {then}; a resumed run "
                 "keeps it, start a new one with another --output"
             )
+    config.encoder.validate()
     return config
 
 

@@ -1,57 +1,136 @@
-"""The image side: a torchvision CNN without its classifier, its weights, and the image transform.
+"""The image side: a torchvision backbone without its classifier, its weights, the image transform.
 
 B images · S image positions · C backbone channels · (B, 3, H, W) → (B, S, C)
 
-The only file that names torchvision's models. A backbone is one row in `BACKBONES`.
+The only module that names torchvision's models. A backbone is one row in `BACKBONES`.
 """
 
 import copy
 import hashlib
 import http.client
+import math
 import re
 import socket
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL.Image import Resampling
 from torch import Tensor, nn
 
-from util.files import UserError
+from util.files import IDENTITY, UserError
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, torchvision's own
-TRANSFORM = "squash-bilinear-imagenet"  # names the evaluation transform in caches and checkpoints
-LEAST_SIZE = 32  # pixels a side: most CNNs halve the picture five times
-MOST_SIZE = 2048  # pixels a side: more would take gigabytes a picture, and no CNN here wants it
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in torchvision
+TRANSFORM = "squash-bilinear-imagenet"  # name of the evaluation transform in caches and model files
+LEAST_SIZE = 32  # pixels per side: most CNNs halve the image five times
+MOST_SIZE = 2048  # pixels per side: more would take gigabytes per image
 
-PATIENCE = 20.0  # seconds that the server of torchvision's weights may be silent
-IN_CAPTIONER = "encoder.cnn."  # what CaptionModel's state dict calls the CNN
+DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer from the server of torchvision's weights
+CAPTIONER_PREFIX = "encoder.cnn."  # of the CNN's entries in the state dict of a CaptionModel
 
-RESNET_LAYERS = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
-INCEPTION_SKIPS = ("AuxLogits", "avgpool", "dropout", "fc")
+# Modules of torchvision's models that come after the last features.
+CLASSIFIER = {
+    "avgpool", "flatten", "dropout", "fc", "classifier", "head", "AuxLogits", "aux1", "aux2",
+}  # fmt: skip
+
+
+def flatten_map(features: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, S, C), row by row"""
+    return features.flatten(2).transpose(1, 2)
+
+
+class InceptionInput(nn.Module):
+    """Turns ImageNet-normalised pixels into the -1..1 that Inception's weights were trained on."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = images.new_tensor(MEAN)[:, None, None]
+        std = images.new_tensor(STD)[:, None, None]
+        return (images * std + mean) * 2 - 1
+
+
+class ViT(nn.Module):
+    """Torchvision's vision transformer without its classifier: (B, 3, H, W) → (B, 1 + S, C).
+
+    The first output is the class token's. Position embeddings are interpolated to the image size.
+    """
+
+    def __init__(self, name: str):
+        super().__init__()
+        model = build_torchvision(name)
+        self.class_token = model.class_token
+        self.conv_proj, self.encoder = model.conv_proj, model.encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.conv_proj(images)  # (B, C, h, w)
+        first, position = self.encoder.pos_embedding[:, :1], self.encoder.pos_embedding[:, 1:]
+        side = math.isqrt(position.shape[1])
+        if patches.shape[2:] != (side, side):  # like torchvision's `interpolate_embeddings`
+            grid = position.float().mT.unflatten(2, (side, side))
+            grid = F.interpolate(grid, patches.shape[2:], mode="bicubic", align_corners=True)
+            position = flatten_map(grid).to(position.dtype)
+        token = (self.class_token + first).expand(images.shape[0], -1, -1)
+        x = torch.cat([token, flatten_map(patches) + position], 1)
+        return self.encoder.ln(self.encoder.layers(x))
+
+
+def build_torchvision(name: str) -> nn.Module:
+    """Return torchvision's model with random weights."""
+    with torch.device("cpu"):  # the import computes tensors; a model may be built on "meta"
+        import torchvision
+    with warnings.catch_warnings():  # Inception's note on how its weights are initialised
+        warnings.simplefilter("ignore", FutureWarning)
+        return torchvision.models.get_model(name, weights=None)
+
+
+def build_sequential(name: str) -> nn.Sequential:
+    """Return the layers of torchvision's model before its classifier."""
+    layers = build_torchvision(name).named_children()
+    return nn.Sequential(OrderedDict(item for item in layers if item[0] not in CLASSIFIER))
+
+
+def build_inception(name: str) -> nn.Sequential:
+    """Return the layers of an Inception model, with the scaling of pixels its weights expect."""
+    layers = build_sequential(name).named_children()
+    return nn.Sequential(OrderedDict([("input", InceptionInput()), *layers]))
+
+
+def build_tiny(name: str = "tiny") -> nn.Sequential:
+    """Return a small CNN for 64-pixel drawings, to be trained from scratch: C = 128, S = 4 x 4."""
+    layers, channels = OrderedDict(), 3
+    for number, (width, stride) in enumerate(((32, 2), (64, 2), (128, 2), (128, 2), (128, 1))):
+        layers[f"conv{number}"] = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        layers[f"bn{number}"] = nn.BatchNorm2d(width)
+        layers[f"relu{number}"] = nn.ReLU(inplace=True)
+        channels = width
+    return nn.Sequential(layers)
 
 
 class Backbone(NamedTuple):
-    """A row of the table: channels C, default image size, the last stages that fine-tuning trains.
+    """A row of the table: channels C, the image size (pixels per side) unless --img-size is given,
+    and the modules that --finetune-cnn trains.
 
-    Sizes are sides in pixels; below `least_size` the CNN runs out of picture. `layers` picks the
-    trunk's modules from torchvision's model; none: the trunk is `features`.
+    `build` returns the backbone of a name, its parameters named as in torchvision's state dict;
+    `to_sequence` turns its output into (B, S, C), the positions of a square row by row.
     """
 
     channels: int
     img_size: int
     last_stages: tuple[str, ...]
-    layers: Callable[[str], bool] = lambda name: name == "features"
-    pretrained: bool = True
+    build: Callable[[str], nn.Module] = build_sequential
+    to_sequence: Callable[[Tensor], Tensor] = flatten_map
     least_size: int = LEAST_SIZE
+    size_multiple: int = 1
+    pretrained: bool = True  # torchvision has weights for it
 
 
 def _resnet(channels: int) -> Backbone:
-    return Backbone(channels, 224, ("layer3", "layer4"), lambda name: name in RESNET_LAYERS)
+    return Backbone(channels, 224, ("layer3", "layer4"))
 
 
 def _features(channels: int, img_size: int, *last: int) -> Backbone:
@@ -66,123 +145,97 @@ BACKBONES: dict[str, Backbone] = {
     "resnet152": _resnet(2048),
     "mobilenet_v2": _features(1280, 224, 14, 15, 16, 17, 18),
     "mobilenet_v3_large": _features(960, 224, 13, 14, 15, 16),
+    "efficientnet_b0": _features(1280, 224, 6, 7, 8),
     "efficientnet_v2_s": _features(1280, 384, 6, 7),
     "convnext_tiny": _features(768, 224, 6, 7),
-    "inception_v3": Backbone(
-        2048,
-        299,
-        ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
-        lambda name: name not in INCEPTION_SKIPS,
-        least_size=75,  # its convolutions have no padding
+    "googlenet": Backbone(1024, 224, ("inception5a", "inception5b"), build_inception),
+    "inception_v3": Backbone(  # least size: its convolutions have no padding
+        2048, 299, ("Mixed_7a", "Mixed_7b", "Mixed_7c"), build_inception, least_size=75
     ),
-    "tiny": Backbone(128, 64, ("conv3", "bn3", "conv4", "bn4"), pretrained=False),
-}
+    # Swin's layer `permute` has turned (B, h, w, C) into a map.
+    "swin_t": Backbone(768, 224, ("features.6", "features.7", "norm")),
+    "vit_b_16": Backbone(  # the first of its outputs is the class token's
+        768, 224, ("encoder.layers.encoder_layer_10", "encoder.layers.encoder_layer_11",
+        "encoder.ln"), ViT, to_sequence=lambda tokens: tokens[:, 1:], size_multiple=16,
+    ),
+    "tiny": Backbone(128, 64, ("conv3", "bn3", "conv4", "bn4"), build_tiny, pretrained=False),
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class EncoderConfig:
-    """What sees the picture."""
-
-    cnn_backbone: Literal[tuple(BACKBONES)] = "resnet50"
-    """The CNN, without its classifier."""
-    cnn_weights: str = "default"
-    """default (torchvision's), IMAGENET1K_V1, a state-dict file (.pth or .safetensors, a
-    captioner's checkpoint too), or none (the whole CNN is trained from scratch)."""
-    img_size: int | None = None
-    """Side in pixels that images are resized to (default: the backbone's own, 224 for a ResNet;
-    for Flickr8k 320)."""
-    grid: int | None = None
-    """Average the features to this many positions a side (1: one pooled vector an image, and a
-    small cache; default: the CNN's own, 7 for a ResNet at 224 pixels)."""
-    finetune_cnn: bool = False
-    """Train the last stages of the CNN too."""
-
-    def __post_init__(self) -> None:
-        least = backbone(self.cnn_backbone).least_size
-        for flag, value in (("--img-size", self.img_size), ("--grid", self.grid)):
-            if value is not None and type(value) is not int:
-                raise UserError(f"{flag} {value!r} must be a whole number")
-        if self.img_size is not None and self.img_size < least:
-            raise UserError(
-                f"--img-size {self.img_size} is too small for {self.cnn_backbone}; use at least "
-                f"{least}"
-            )
-        if self.img_size is not None and self.img_size > MOST_SIZE:
-            raise UserError(f"--img-size {self.img_size} must be at most {MOST_SIZE:,}")
-        if self.grid is not None and self.grid < 1:
-            raise UserError(f"--grid {self.grid} must be at least 1")
-
-
-def backbone(name: str) -> Backbone:
-    """Return the row of a backbone; ValueError lists the known ones."""
+def get_backbone(name: str) -> Backbone:
+    """Return the row of a backbone; UserError lists the known ones."""
     if name not in BACKBONES:
         known = ", ".join(sorted(BACKBONES))
         raise UserError(f"backbone {name!r} is not known; choose from {known}")
     return BACKBONES[name]
 
 
-class InceptionInput(nn.Module):
-    """Turns ImageNet-normalised pixels into the -1..1 that Inception's weights were trained on."""
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The backbone, and the size of the images that it gets."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        mean = images.new_tensor(MEAN)[:, None, None]
-        std = images.new_tensor(STD)[:, None, None]
-        return (images * std + mean) * 2 - 1
+    cnn_backbone: Literal[tuple(BACKBONES)] = field(default="resnet50", metadata=IDENTITY)
+    """The CNN or vision transformer, without its classifier."""
+    cnn_weights: str = "default"
+    """default (torchvision's), IMAGENET1K_V1, a state-dict file (.pth or .safetensors, also a
+    captioner's model file), or none (the whole CNN is trained from scratch)."""
+    img_size: int | None = field(default=None, metadata=IDENTITY)
+    """Side in pixels of the square that images are resized to."""
+    grid: int | None = field(default=None, metadata=IDENTITY)
+    """Average the features to this many positions per side (1: one vector per image, and a small
+    cache); None keeps the CNN's own, 7 for a ResNet at 224 pixels."""
+    finetune_cnn: bool = field(default=False, metadata=IDENTITY)
+    """Train the last stages of the CNN too."""
 
-
-def tiny() -> nn.Sequential:
-    """Return a small CNN for 64-pixel drawings, to be trained from scratch: C = 128, S = 4 x 4."""
-    layers, channels = OrderedDict(), 3
-    for number, (width, stride) in enumerate(((32, 2), (64, 2), (128, 2), (128, 2), (128, 1))):
-        layers[f"conv{number}"] = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-        layers[f"bn{number}"] = nn.BatchNorm2d(width)
-        layers[f"relu{number}"] = nn.ReLU(inplace=True)
-        channels = width
-    return nn.Sequential(layers)
-
-
-def build_trunk(name: str) -> nn.Sequential:
-    """Return the backbone with random weights, parameter names as in torchvision's state dict."""
-    row = backbone(name)
-    if name == "tiny":
-        return tiny()
-    with torch.device("cpu"):  # the import reckons with tensors; a model may be built on "meta"
-        import torchvision
-
-    # Inception warns about its slow truncated-normal start unless it is told which to use.
-    extra = {"init_weights": True} if name == "inception_v3" else {}
-    model = torchvision.models.get_model(name, weights=None, **extra)
-    layers = [(part, module) for part, module in model.named_children() if row.layers(part)]
-    if name == "inception_v3":
-        layers.insert(0, ("input", InceptionInput()))
-    return nn.Sequential(OrderedDict(layers))
+    def validate(self) -> None:
+        """Raise UserError for a value out of range, or an image size that does not fit the CNN."""
+        row = get_backbone(self.cnn_backbone)
+        for flag, value in (("--img-size", self.img_size), ("--grid", self.grid)):
+            if value is not None and type(value) is not int:
+                raise UserError(f"{flag} {value!r} must be a whole number")
+        if self.grid is not None and self.grid < 1:
+            raise UserError(f"--grid {self.grid} must be at least 1")
+        size = row.img_size if self.img_size is None else self.img_size
+        if size < row.least_size:
+            raise UserError(
+                f"--img-size {size} is too small for {self.cnn_backbone}; use at least "
+                f"{row.least_size}"
+            )
+        if size > MOST_SIZE:
+            raise UserError(f"--img-size {size} must be at most {MOST_SIZE:,}")
+        if size % row.size_multiple:
+            raise UserError(
+                f"--img-size {size} does not fit {self.cnn_backbone}; use a multiple of "
+                f"{row.size_multiple}"
+            )
 
 
 class Encoder(nn.Module):
-    """A CNN's last feature map as a sequence of image positions.
+    """A backbone that turns images into a sequence of features, one per image position.
 
-    `trained` tells what learns: "none" (frozen), "last" (the last stages) or "all" (from scratch).
-    Unless all is trained, BatchNorm stays in eval: its statistics are ImageNet's.
+    `trained` says which part has gradients: "none" (frozen), "last" (the last stages) or "all"
+    (trained from scratch). Unless all is trained, BatchNorm stays in eval mode, with the statistics
+    of ImageNet.
     """
 
     def __init__(self, name: str, trained: str = "none", grid: int | None = None):
-        """`grid`: positions a side that the map is averaged to (none: the CNN's own)."""
+        """`grid`: positions per side that the features are averaged to (None: the CNN's own)."""
         super().__init__()
         if trained not in ("none", "last", "all"):
-            raise UserError(f"trained {trained!r} is not known; choose from none, last, all")
+            raise ValueError(f"trained {trained!r} is not known; choose from none, last, all")
         self.name, self.trained, self.grid = name, trained, grid
-        self.channels = backbone(name).channels
-        self.cnn = build_trunk(name)
-        for part, parameter in self.cnn.named_parameters():
-            parameter.requires_grad = self.trains(part)
+        row = get_backbone(name)
+        self.channels = row.channels
+        self.cnn = row.build(name)
+        for key, parameter in self.cnn.named_parameters():
+            parameter.requires_grad = self.is_trained(key)
         self.train()
 
-    def trains(self, parameter: str) -> bool:
-        """Tell whether a parameter of the CNN learns."""
+    def is_trained(self, key: str) -> bool:
+        """Return whether training changes this entry of the CNN's state dict."""
         if self.trained == "last":
-            return any(
-                parameter.startswith(stage + ".") for stage in backbone(self.name).last_stages
-            )
+            stages = get_backbone(self.name).last_stages
+            return key.startswith(tuple(f"{stage}." for stage in stages))
         return self.trained == "all"
 
     def train(self, mode: bool = True) -> "Encoder":
@@ -192,31 +245,28 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, S, C) of `images` (B, 3, H, W), positions row by row."""
         maps = self.cnn(images.contiguous(memory_format=torch.channels_last))
-        if self.grid:
-            if self.grid > min(maps.shape[2:]):
-                height, width = maps.shape[2:]
-                raise UserError(
-                    f"--grid {self.grid} is finer than the {height} x {width} positions that "
-                    f"{self.name} makes of images of that size"
-                )
-            maps = nn.functional.adaptive_avg_pool2d(maps, self.grid)
-        return maps.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, S, C)
+        features = get_backbone(self.name).to_sequence(maps)
+        if not self.grid:
+            return features
+        side = math.isqrt(features.shape[1])
+        if self.grid > side:
+            raise UserError(
+                f"--grid {self.grid} is finer than the {side} x {side} positions that "
+                f"{self.name} makes of images of that size"
+            )
+        maps = features.transpose(1, 2).unflatten(2, (side, side))
+        return flatten_map(F.adaptive_avg_pool2d(maps, self.grid))
 
 
 def build_encoder(
-    name: str, weights: str | Path, *, finetune: bool | None = None, grid: int | None = None
+    name: str, weights: str | Path, *, finetune: bool | None = False, grid: int | None = None
 ) -> Encoder:
     """Return an `Encoder` with `weights`: default, none, a torchvision weights name, or a path.
 
-    `finetune` None means: the whole CNN is trained where weights are none, else it is frozen.
-    Raises ValueError for frozen random features, and where name or weights don't fit.
+    With none the whole CNN is trained; otherwise its last stages if `finetune`, else nothing of it.
+    Raises UserError where the name is not known or the weights do not fit.
     """
     from_scratch = str(weights) == "none"
-    if from_scratch and finetune is False:
-        raise UserError(
-            "frozen random features teach a decoder nothing: give --cnn-weights, or let the CNN "
-            "be trained"
-        )
     trained = "all" if from_scratch else "last" if finetune else "none"
     encoder = Encoder(name, trained, grid)
     if not from_scratch:
@@ -227,15 +277,22 @@ def build_encoder(
 def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
     """Fill `cnn` from torchvision's named weights or a state-dict file, with or without classifier.
 
-    The file may be a captioner's checkpoint, whose CNN was fine-tuned: only that is read.
-    Raises ValueError naming the first entry that is missing, has another shape, holds infinity or
-    NaN, or belongs to a larger CNN.
+    Of a captioner's model file, whose CNN may be fine-tuned, the CNN is read. Raises UserError that
+    names the first entry which is missing, has another shape, holds infinity or NaN, or belongs to
+    a larger CNN.
     """
     source, state = read_weights(name, weights)
-    if captioner := {key for key in state if key.startswith(IN_CAPTIONER)}:
-        state = {key.removeprefix(IN_CAPTIONER): state[key] for key in captioner}
-    wanted = cnn.state_dict()
-    for key, tensor in wanted.items():
+    if any(key.startswith(CAPTIONER_PREFIX) for key in state):
+        state = {
+            key.removeprefix(CAPTIONER_PREFIX): tensor
+            for key, tensor in state.items()
+            if key.startswith(CAPTIONER_PREFIX)
+        }
+    # Torchvision's published ViT weights name the layers of an MLP as its first version did.
+    for old, new in ((".mlp.linear_1.", ".mlp.0."), (".mlp.linear_2.", ".mlp.3.")):
+        state = {key.replace(old, new): tensor for key, tensor in state.items()}
+    expected = cnn.state_dict()
+    for key, tensor in expected.items():
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, tensor)
         if key not in state:
@@ -250,54 +307,54 @@ def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
                 f"{source} is damaged: {key} holds infinity or NaN (float16 ends at 65,504; keep "
                 "BatchNorm's statistics in float32)"
             )
-    # A resnet18 would fit into the entries of a resnet34: what is left over must be a classifier.
+    # A resnet18 would fit into the entries of a resnet34: other entries must be a classifier's.
     stages = {part for part, _ in cnn.named_children()}
-    for key in state.keys() - wanted.keys():
+    for key in state.keys() - expected.keys():
         if key.split(".")[0] in stages:
             raise UserError(f"{source} is not a {name} state dict: {name} has no {key}")
-    cnn.load_state_dict({key: state[key].to(wanted[key].dtype) for key in wanted})
+    cnn.load_state_dict({key: state[key].to(expected[key].dtype) for key in expected})
 
 
 def read_weights(name: str, weights: str | Path) -> tuple[str, dict[str, Tensor]]:
-    """Return a word for the source of the weights, and the state dict."""
+    """Return where the weights come from, for messages, and the state dict."""
     import torchvision
 
-    word, path, published = str(weights), Path(weights).expanduser(), {}
-    if backbone(name).pretrained:
+    choice, path, published = str(weights), Path(weights).expanduser(), {}
+    if get_backbone(name).pretrained:
         published = torchvision.models.get_model_weights(name).__members__
-    chosen = published.get("DEFAULT" if word == "default" else word)
+    chosen = published.get("DEFAULT" if choice == "default" else choice)
     if chosen is not None:
         return fetch_weights(chosen)
     if path.suffix or path.is_file():
-        return word, read_state_dict(path)
+        return choice, read_state_dict(path)
     if not published:
         raise UserError(
             f"backbone {name!r} has no published weights; use --cnn-weights none, or the path of "
             "a state dict"
         )
     raise UserError(
-        f"weights {word!r} are not known for {name}; choose from default, none, "
+        f"weights {choice!r} are not known for {name}; choose from default, none, "
         f"{', '.join(key for key in published if key != 'DEFAULT')}, or the path of a state dict"
     )
 
 
 def fetch_weights(published: Any) -> tuple[str, dict[str, Tensor]]:
     """Return torchvision's weights, downloaded into torch's cache unless they are there."""
-    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
-    if place.is_file():
-        return str(place), read_state_dict(place)
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(PATIENCE)  # torch's own download would wait for ever
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
+    if path.is_file():
+        return str(path), read_state_dict(path)
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torch's download has none of its own
     try:
         state = published.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise FileNotFoundError(
-            f"the weights {place.name} could not be downloaded ({error}); get {published.url} and "
-            f"put it at {place}, or give its path with --cnn-weights"
+            f"the weights {path.name} could not be downloaded ({error}); get {published.url} and "
+            f"put it at {path}, or give its path with --cnn-weights"
         ) from error
     finally:
-        socket.setdefaulttimeout(before)
-    return place.name, state
+        socket.setdefaulttimeout(timeout)
+    return path.name, state
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -314,43 +371,45 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # a damaged pickle can raise anything
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"holds {found[1]}, not tensors alone" if found else "is damaged, or another thing"
-        raise UserError(f"{path} is not a readable state dict: it {what}") from error
+        reason = f"holds {found[1]}, not only tensors" if found else "is damaged, or something else"
+        raise UserError(f"{path} is not a readable state dict: it {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} is not a state dict: expected names and tensors only")
     return state
 
 
-def fingerprint(encoder: nn.Module) -> str:
-    """Return 16 hex digits that change with any weight of the encoder."""
+def fingerprint(module: nn.Module) -> str:
+    """Return 16 hex digits that change with any weight of the module."""
     digest = hashlib.sha256()
-    for key, tensor in encoder.state_dict().items():
+    for key, tensor in module.state_dict().items():
         if not key.endswith("num_batches_tracked"):
             digest.update(key.encode())
             digest.update(tensor.float().contiguous().cpu().numpy())
     return digest.hexdigest()[:16]
 
 
-def folded(encoder: Encoder) -> Encoder:
+def fold_batch_norm(encoder: Encoder) -> Encoder:
     """Return a copy for inference only, BatchNorm folded into the convolutions before it."""
     from torch.fx.experimental.optimization import fuse
 
     light = copy.deepcopy(encoder).requires_grad_(False)
-    light.trained = "none"  # its BatchNorms are gone: it must never go back to training
-    light.cnn = fuse(light.eval().cnn, inplace=True)
+    light.trained = "none"  # without its BatchNorms it must never be trained
+    light.eval()
+    if any(isinstance(module, nn.BatchNorm2d) for module in light.modules()):
+        light.cnn = fuse(light.cnn, inplace=True)
     return light.to(memory_format=torch.channels_last)
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Tell whether the device multiplies bfloat16 matrices faster than float32."""
-    if device.type == "cpu":  # elsewhere it works too, many times slower
+    """Return whether the device multiplies bfloat16 matrices faster than float32."""
+    if device.type == "cpu":  # a CPU without the instructions is many times slower
         return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    # Older GPUs only imitate it.
+    # Older GPUs only emulate it.
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 class Resize:
-    """A PIL image → (3, H, W) normalised pixels, squashed to a square of `size` pixels.
+    """A PIL image → (3, H, W) normalised pixels, resized to a square of `size` pixels per side.
 
     With `crop`, a random part (at least 80 % of the area, nearly of the image's own shape) is
     taken first: large enough that captions stay true.
@@ -373,7 +432,7 @@ class Resize:
             return image.resize(size, Resampling.BILINEAR)
         from torchvision.transforms.v2 import RandomResizedCrop  # slow to import: not at start
 
-        # Relative to the image's own shape: a square of 80 % does not fit into a 3:2 photograph.
+        # Relative to the image's own shape: a square of 80 % does not fit into a 3:2 image.
         shape = image.width / image.height
         ratio = (0.9 * shape, 1.1 * shape)
         return RandomResizedCrop(self.size, (0.8, 1.0), ratio, antialias=True)(image)
@@ -382,8 +441,8 @@ class Resize:
 def image_transform(img_size: int, *, train: bool) -> Callable[[Any], Tensor]:
     """Return what turns a PIL image into (3, img_size, img_size) normalised pixels.
 
-    The aspect ratio is given up and nothing is cut off; with `train` a random crop is taken.
-    Mirroring is the dataset's: it must know the captions.
+    The aspect ratio is ignored and nothing is cut off; with `train` a random crop is taken.
+    Mirroring is done by the dataset, which knows the captions.
     """
     if img_size < LEAST_SIZE:
         raise UserError(f"image size {img_size} is too small; use at least {LEAST_SIZE}")

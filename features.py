@@ -29,7 +29,14 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from dataset import Loader, is_mirrored
-from encoder import TRANSFORM, Encoder, fingerprint, folded, image_transform, multiplies_bfloat16
+from encoder import (
+    TRANSFORM,
+    Encoder,
+    fingerprint,
+    fold_batch_norm,
+    image_transform,
+    multiplies_bfloat16,
+)
 from readers import MAX_LEFT_OUT, UNREADABLE, Record, report_left_out
 from shard_writer import main
 from util import files
@@ -362,7 +369,7 @@ def encode_images(
     images = ImageViews(records, img_size, views)
     loader = Loader(images, batch_size, num_workers=min(workers, len(records)))
     dtype = torch.bfloat16 if amp else torch.float32
-    encoder = folded(encoder).to(device, dtype)
+    encoder = fold_batch_norm(encoder).to(device, dtype)
     start = 0
     for pixels, seeds, readable in loader:
         with torch.no_grad():  # not around the yield: it would apply to the caller's code too

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from decoder import DecoderConfig, DecoderOutput, build_decoder
 from decoding import Ensemble
-from encoder import TRANSFORM, Encoder, EncoderConfig, backbone, fingerprint
+from encoder import TRANSFORM, Encoder, EncoderConfig, fingerprint, get_backbone
 from util import files
 from util.files import UserError
 from vocabulary import START, Vocabulary
@@ -88,7 +88,7 @@ class CaptionModel(nn.Module):
         """Yield what training changes of the state dict: all but the encoder's frozen part."""
         for name, tensor in self.state_dict().items():
             part = name.removeprefix("encoder.cnn.")
-            if part == name or self.encoder.trains(part):
+            if part == name or self.encoder.is_trained(part):
                 yield name, tensor
 
     def save(self, path: str | Path, *, half: bool = False, **about: Any) -> None:
@@ -159,7 +159,7 @@ class CaptionModel(nn.Module):
             raise UserError(f"image transform {transform!r} is not known, only {TRANSFORM!r}")
         name, trained = stored.pop("cnn_backbone"), stored.pop("cnn_trained")
         img_size, grid = stored.pop("img_size"), stored.pop("grid", None)
-        EncoderConfig(name, img_size=img_size, grid=grid)  # finds what is out of range
+        EncoderConfig(name, img_size=img_size, grid=grid).validate()
         config, known = DecoderConfig(**stored), about["vocabulary"]
         if not isinstance(known, list) or not all(
             isinstance(word, str) and word.isprintable() for word in known
@@ -268,7 +268,7 @@ def count_positions(encoder: Encoder, img_size: int) -> int:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--img-size {img_size} does not fit the CNN {encoder.name} ({reason}); its own size "
-            f"is {backbone(encoder.name).img_size}"
+            f"is {get_backbone(encoder.name).img_size}"
         ) from error
     finally:
         encoder.train(training)

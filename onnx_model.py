@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from decoding import NEVER, State
-from encoder import MEAN, STD, TRANSFORM, fingerprint, folded
+from encoder import MEAN, STD, TRANSFORM, fingerprint, fold_batch_norm
 from model import CaptionModel
 from util import files
 from util.files import UserError
@@ -190,7 +190,7 @@ def write_onnx(model: CaptionModel, output: Path, story: dict[str, Any]) -> list
         import onnx  # noqa: F401 (torch imports both, when it is late)
         import onnxscript  # noqa: F401
     about = {"format": FORMAT, "model": fingerprint(model)}  # the same in files that go together
-    model.encoder = folded(model.encoder)  # smaller; and torch 2.6 can't write BatchNorm
+    model.encoder = fold_batch_norm(model.encoder)  # smaller; and torch 2.6 can't write BatchNorm
     images, token = torch.zeros(2, 3, model.img_size, model.img_size), torch.full((2, 3), START)
     state = model.decoder.start(model.encode(images))
     # Torch takes a length of 0 or 1 for one that never changes, so the example is two words on.

@@ -20,7 +20,7 @@ import readers
 from config import Config, DataConfig, configure, flat
 from dataset import CaptionDataset, get_loader
 from decoding import DecodingConfig
-from encoder import Encoder, backbone, build_encoder, image_transform
+from encoder import Encoder, build_encoder, get_backbone, image_transform
 from evaluate import print_scores, score_split
 from features import FeatureCache, cached_features
 from losses import Rewards
@@ -87,7 +87,7 @@ def build(config: Config, data: dict[str, Sequence[Record]]) -> tuple[CaptionMod
     else:
         captions = (line for record in data["train"] for line in record.captions)
         vocabulary = Vocabulary.build(captions, config.data.min_count)
-    img_size = config.encoder.img_size or backbone(encoder.name).img_size
+    img_size = config.encoder.img_size or get_backbone(encoder.name).img_size
     caches = {}
     for split, records in data.items():
         if split == "train" and config.data.dataset == "shards":

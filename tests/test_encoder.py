@@ -1,4 +1,4 @@
-"""Our trunk of a torchvision CNN is torchvision's own, and its weights are the file's own."""
+"""Backbones give torchvision's features, with the weights of the file."""
 
 import collections
 import copy
@@ -14,6 +14,7 @@ import torchvision
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torchvision.models.vision_transformer import interpolate_embeddings
 
 from encoder import (
     BACKBONES,
@@ -21,11 +22,11 @@ from encoder import (
     STD,
     Encoder,
     EncoderConfig,
-    backbone,
     build_encoder,
     fetch_weights,
     fingerprint,
-    folded,
+    fold_batch_norm,
+    get_backbone,
     image_transform,
     load_weights,
 )
@@ -45,25 +46,37 @@ def stir(module: nn.Module) -> None:
                 tensor.normal_(0, 0.2, generator=generator)
 
 
-def full_model(name: str) -> nn.Module:
+def full_model(name: str, size: int | None = None) -> nn.Module:
     """Torchvision's own model with its classifier and random weights, in eval mode."""
-    extra = {"init_weights": False, "transform_input": True} if name == "inception_v3" else {}
+    extra = {}
+    if name in ("inception_v3", "googlenet"):
+        extra = {"init_weights": False, "transform_input": True}
+    elif name == "vit_b_16" and size:
+        extra = {"image_size": size}
     model = torchvision.models.get_model(name, weights=None, **extra).eval()
     stir(model)
     return model
 
 
-def last_map(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """The last feature map (B, C, h, w) of torchvision's own forward."""
-    stage = next(
-        getattr(model, part) for part in ("layer4", "features", "Mixed_7c") if hasattr(model, part)
-    )
-    seen = []
-    handle = stage.register_forward_hook(lambda module, given, got: seen.append(got))
-    with torch.no_grad():
-        model(images)
-    handle.remove()
-    return seen[0]
+@torch.no_grad()
+def torchvision_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """The features (B, S, C) before the classifier, in torchvision's own forward."""
+    last = ("layer4", "permute", "encoder", "Mixed_7c", "inception5b", "features")
+    layer = next(getattr(model, name) for name in last if hasattr(model, name))
+    outputs = []
+    layer.register_forward_hook(lambda module, given, output: outputs.append(output))
+    model(images)
+    if outputs[0].dim() == 3:
+        return outputs[0][:, 1:]  # a ViT's class token comes first
+    return outputs[0].flatten(2).transpose(1, 2)
+
+
+def older_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The state dict with the names that torchvision's published ViT weights have."""
+    return {
+        key.replace(".mlp.0.", ".mlp.linear_1.").replace(".mlp.3.", ".mlp.linear_2."): tensor
+        for key, tensor in state.items()
+    }
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -71,7 +84,7 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def images(name: str, count: int = 2) -> torch.Tensor:
-    size = max(64, backbone(name).least_size)
+    size = max(64, get_backbone(name).least_size)
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
 
 
@@ -93,45 +106,66 @@ def weights(resnet18, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_the_trunk_is_torchvisions_and_folding_changes_nothing(name, tmp_path):
+def test_features_are_torchvisions_and_folding_does_not_change_them(name, tmp_path):
     torch.manual_seed(0)
     encoder = Encoder(name)
     if name in PUBLISHED:
         model = full_model(name)
-        save_file(model.state_dict(), tmp_path / "full.safetensors")
+        save_file(older_names(model.state_dict()), tmp_path / "full.safetensors")
         load_weights(encoder.cnn, name, tmp_path / "full.safetensors")
     else:
         stir(encoder)
-    batch, light = images(name), folded(encoder)
+    batch, light = images(name), fold_batch_norm(encoder)
     with torch.no_grad():
-        features, quick = encoder(batch), light(batch)
-    assert features.shape[::2] == (2, backbone(name).channels)
-    assert close(quick, features)
+        features, folded = encoder(batch), light(batch)
+    assert features.shape[::2] == (2, get_backbone(name).channels)
+    assert close(folded, features)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in light.modules())
+    if name == "vit_b_16":  # torchvision's other way to another image size
+        state = interpolate_embeddings(batch.shape[-1], 16, model.state_dict())
+        model = full_model(name, batch.shape[-1])
+        model.load_state_dict(state)
     if name in PUBLISHED:
-        theirs = last_map(model, batch).flatten(2).transpose(1, 2)
+        theirs = torchvision_features(model, batch)
         assert theirs.abs().max() > 0 and close(features, theirs)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_a_row_of_the_table_keeps_its_promises(name):
-    row, encoder = backbone(name), Encoder(name, "last")
-    parameters = [part for part, _ in encoder.cnn.named_parameters()]
+def test_positions_are_row_by_row_and_gradients_reach_the_last_stages(name):
+    """The features of a corner change more with that corner of the image than with another."""
+    torch.manual_seed(0)
+    row, encoder = get_backbone(name), Encoder(name, "last")
+    size = 4 * max(row.size_multiple, row.least_size)
+    plain, right, below = torch.randn(1, 3, size, size).repeat(3, 1, 1, 1)
+    right[:, : size // 3, -size // 3 :] *= -3
+    below[:, -size // 3 :, : size // 3] *= -3
+    batch = torch.stack([plain, right, below])
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # its statistics become the batch's: small features would vanish
+    with torch.no_grad():
+        encoder.cnn.train()(batch)
+    plain, *corners = encoder.train()(batch)
+    side = math.isqrt(len(plain))
+    assert side > 1 and plain.shape == (side**2, row.channels)
+    by_right, by_below = ((each - plain).square().sum(1) for each in corners)
+    assert by_right[side - 1] > by_below[side - 1]
+    assert by_below[-side] > by_right[-side]
+    corners[0].square().sum().backward()
     for stage in row.last_stages:
-        assert any(part.startswith(f"{stage}.") for part in parameters), stage
-    learning = {part for part, tensor in encoder.cnn.named_parameters() if tensor.requires_grad}
-    assert learning and set(parameters[-3:]) <= learning and parameters[0] not in learning
-    with torch.no_grad():
-        least = encoder(torch.zeros(1, 3, row.least_size, row.least_size))
-    assert least.shape[1] >= 1 and row.img_size >= row.least_size
+        parameters = encoder.cnn.get_submodule(stage).parameters()
+        assert all(parameter.grad.any() for parameter in parameters), stage
+    first = next(encoder.cnn.parameters())
+    assert first.grad is None and not first.requires_grad
 
 
-def test_positions_go_row_by_row():
-    encoder = Encoder("tiny").eval()
-    picture = torch.zeros(1, 3, 64, 64)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_least_size_of_an_image_is_enough(name):
+    row, encoder = get_backbone(name), Encoder(name)
     with torch.no_grad():
-        maps = encoder.cnn(picture)
-        assert torch.equal(encoder(picture)[0, 1 * 4 + 2], maps[0, :, 1, 2])
+        assert encoder(torch.zeros(1, 3, row.least_size, row.least_size)).shape[1] >= 1
+    EncoderConfig(name, img_size=row.least_size).validate()
+    EncoderConfig(name).validate()
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
@@ -225,7 +259,7 @@ def test_a_step_changes_exactly_what_learns(name, trained):
     if trained != "none":
         features.square().mean().backward()
         torch.optim.Adam(encoder.parameters(), lr=0.1).step()
-    stages = backbone(name).last_stages
+    stages = get_backbone(name).last_stages
     for part, parameter in encoder.cnn.named_parameters():
         learns = trained == "all" or (
             trained == "last" and any(part.startswith(f"{stage}.") for stage in stages)
@@ -237,7 +271,7 @@ def test_folding_leaves_the_encoder_as_it_was():
     encoder = Encoder("tiny", "all")
     stir(encoder)
     state = copy.deepcopy(encoder.state_dict())
-    light = folded(encoder)
+    light = fold_batch_norm(encoder)
     assert encoder.training and all(parameter.requires_grad for parameter in encoder.parameters())
     assert all(torch.equal(tensor, state[name]) for name, tensor in encoder.state_dict().items())
     assert not light.train().training and not any(p.requires_grad for p in light.parameters())
@@ -247,34 +281,36 @@ def test_folding_leaves_the_encoder_as_it_was():
 
 
 def coordinates(width: int, height: int) -> Image.Image:
-    """A picture whose red says how far right a pixel is, and green how far down."""
+    """An image whose red says how far right a pixel is, and green how far down."""
     y, x = np.mgrid[:height, :width]
     planes = [x * 255 / (width - 1), y * 255 / (height - 1), 0 * x]
     return Image.fromarray(np.stack(planes, axis=2).round().astype(np.uint8))
 
 
-def seen(pixels: torch.Tensor) -> torch.Tensor:
+def denormalised(pixels: torch.Tensor) -> torch.Tensor:
     """Normalised pixels back to 0..1."""
     return pixels * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
 
 
 @pytest.mark.parametrize("size", [(90, 60), (30, 200), (64, 64)])
-def test_evaluation_squashes_the_whole_picture(size):
-    picture = coordinates(*size)
-    pixels = image_transform(64, train=False)(picture)
+def test_evaluation_squashes_the_whole_image(size):
+    image = coordinates(*size)
+    pixels = image_transform(64, train=False)(image)
     assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.float32
-    wanted = picture.resize((64, 64), Image.Resampling.BILINEAR)
+    wanted = image.resize((64, 64), Image.Resampling.BILINEAR)
     expected = torch.from_numpy(np.array(wanted)).permute(2, 0, 1) / 255
-    assert torch.allclose(seen(pixels), expected, atol=1e-6)
-    assert seen(pixels)[0, :, 0].max() < 0.03 and seen(pixels)[0, :, -1].min() > 0.97
+    assert torch.allclose(denormalised(pixels), expected, atol=1e-6)
+    assert (
+        denormalised(pixels)[0, :, 0].max() < 0.03 and denormalised(pixels)[0, :, -1].min() > 0.97
+    )
 
 
 @pytest.mark.parametrize("size", [(150, 100), (80, 160), (100, 100)])
-def test_a_training_crop_is_random_and_nearly_of_the_pictures_own_shape(size):
+def test_a_training_crop_is_random_and_nearly_of_the_images_own_shape(size):
     transform, lefts = image_transform(64, train=True), set()
     torch.manual_seed(0)
     for _ in range(20):
-        pixels = seen(transform(coordinates(*size)))
+        pixels = denormalised(transform(coordinates(*size)))
         x, y = pixels[0].mean(0), pixels[1].mean(1)
         wide, high = x[-1] - x[0] + 0.02, y[-1] - y[0] + 0.02
         assert wide * high > 0.77 and 0.85 < wide / high < 1.18
@@ -286,8 +322,10 @@ def test_too_small_an_image_size_is_an_error():
     with pytest.raises(ValueError, match="image size 31 is too small; use at least 32"):
         image_transform(31, train=False)
     with pytest.raises(ValueError, match=r"--img-size 64 is too small for inception_v3; .* 75"):
-        EncoderConfig(cnn_backbone="inception_v3", img_size=64)
-    assert EncoderConfig(cnn_backbone="inception_v3", img_size=75).img_size == 75
+        EncoderConfig(cnn_backbone="inception_v3", img_size=64).validate()
+    with pytest.raises(ValueError, match="--img-size 230 does not fit vit_b_16; .* multiple of 16"):
+        EncoderConfig(cnn_backbone="vit_b_16", img_size=230).validate()
+    EncoderConfig(cnn_backbone="inception_v3", img_size=75).validate()
 
 
 # --- errors by their message
@@ -313,11 +351,6 @@ def test_no_network_names_the_file_its_address_and_its_place(no_network, tmp_pat
     assert "\n" not in said and not list(place.parent.glob("*"))
 
 
-def test_frozen_random_features_are_an_error():
-    with pytest.raises(ValueError, match="frozen random features .* --cnn-weights"):
-        build_encoder("resnet18", "none", finetune=False)
-
-
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match="backbone 'resnet5' is not known; choose from convnext_t"):
         build_encoder("resnet5", "none")
@@ -332,7 +365,7 @@ def test_unknown_names_list_the_known():
 
 
 def test_a_server_that_says_nothing_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("encoder.PATIENCE", 0.2)
+    monkeypatch.setattr("encoder.DOWNLOAD_TIMEOUT", 0.2)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     before = socket.getdefaulttimeout()
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -373,13 +406,13 @@ def test_files_that_are_no_state_dict_say_so_in_a_line(weights, tmp_path):
         (tmp_path / name).write_bytes(content)
     expected = {
         "gone.pth": "no CNN weights at",
-        "class.pth": "holds test_encoder.Other, not tensors alone",
+        "class.pth": "holds test_encoder.Other, not only tensors",
         "nested.pth": "expected names and tensors only",
         "list.pth": "expected names and tensors only",
-        "half.pth": "is damaged, or another thing",
-        "empty.pth": "is damaged, or another thing",
-        "page.pth": "is damaged, or another thing",
-        "page.safetensors": "is damaged, or another thing",
+        "half.pth": "is damaged, or something else",
+        "empty.pth": "is damaged, or something else",
+        "page.pth": "is damaged, or something else",
+        "page.safetensors": "is damaged, or something else",
     }
     for name, said in expected.items():
         with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
@@ -421,7 +454,7 @@ def test_a_grid_averages_the_map(grid):
 
 def test_a_grid_of_nothing_is_refused():
     with pytest.raises(ValueError, match="--grid 0 must be at least 1"):
-        EncoderConfig(grid=0)
+        EncoderConfig(grid=0).validate()
 
 
 def test_a_grid_finer_than_the_map_is_refused():

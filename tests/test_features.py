@@ -26,7 +26,7 @@ from PIL import Image
 from torch import nn
 
 import features
-from encoder import BACKBONES, Encoder, backbone, folded, image_transform
+from encoder import BACKBONES, Encoder, fold_batch_norm, get_backbone, image_transform
 from features import FeatureCache, cached_features, describe, encode_images
 from readers import Record
 from util.images import read_image
@@ -41,7 +41,7 @@ encoder, reference = caches.encoder, caches.reference
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_cache_holds_the_encoders_output(name, records, tmp_path):
-    encoder, size = make_encoder(name), max(64, backbone(name).least_size)
+    encoder, size = make_encoder(name), max(64, get_backbone(name).least_size)
     cache = build(records[:3], encoder, tmp_path, size=size)
     transform = image_transform(size, train=False)
     pixels = torch.stack([transform(read_image(record.path)) for record in records[:3]])
@@ -186,7 +186,7 @@ def test_views_are_the_image_its_mirror_image_and_crops(records, encoder, refere
         seen = [cache.get(record.image_id, view) for view in range(4)]
         assert torch.equal(seen[0], reference.get(record.image_id))
         pixels = transform(read_image(record.path).transpose(Image.Transpose.FLIP_LEFT_RIGHT))
-        expected = folded(encoder)(pixels[None])[0].half()
+        expected = fold_batch_norm(encoder)(pixels[None])[0].half()
         torch.testing.assert_close(seen[1], expected, atol=2e-3, rtol=2e-3)
         for one in range(4):
             assert not any(torch.equal(seen[one], seen[other]) for other in range(one))
@@ -248,11 +248,11 @@ def test_the_encoder_runs_folded_and_channels_last(records, encoder, monkeypatch
     calls = []
 
     def fold_and_record(original):
-        light = folded(original)
+        light = fold_batch_norm(original)
         light.cnn.register_forward_pre_hook(lambda cnn, inputs: calls.append((cnn, inputs[0])))
         return light
 
-    monkeypatch.setattr(features, "folded", fold_and_record)
+    monkeypatch.setattr(features, "fold_batch_norm", fold_and_record)
     list(encode_images(records[:4], encoder, 32, workers=0))
     ((cnn, pixels),) = calls
     assert not any(isinstance(part, nn.BatchNorm2d) for part in cnn.modules())

@@ -56,6 +56,8 @@ def test_a_number_that_makes_no_sense_is_refused_by_its_flag(config, name, kind)
             made = config(**{name: value}, **needed)
             if config is app.Config:
                 app.check(made)
+            if hasattr(made, "validate"):
+                made.validate()
         said = str(error.value).replace("-", " ").replace("_", " ")
         assert name.replace("_", " ") in said and "\n" not in said
 

@@ -22,7 +22,7 @@ from test_layout import SCRIPTS
 
 import app
 import inference
-from encoder import tiny
+from encoder import build_tiny
 from readers import read_table
 from util import files
 
@@ -125,7 +125,7 @@ def home(drawn, tmp_path_factory) -> Path:
     tested = [each["filename"] for each in images if each["split"] == "test"]
     results = [{"image_id": name, "caption": "a red star"} for name in tested]
     files.write_json(home / "results.json", results)
-    save_file(tiny().state_dict(), home / "PATH.safetensors")
+    save_file(build_tiny().state_dict(), home / "PATH.safetensors")
     command = ["--data-dir", str(home / "data/flickr8k"), "--output", str(home / "runs/flickr8k")]
     train.main([*command, *small(home)])
     names = re.findall(r"\bruns/[\w-]+", "\n".join(page.read_text("utf-8") for page in PAGES))

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import nn
 
 import features
-from encoder import Encoder, backbone
+from encoder import Encoder, get_backbone
 from features import FeatureCache, cached_features
 from readers import Record
 from util.images import read_image
@@ -43,7 +43,7 @@ def make_encoder(name: str) -> Encoder:
     for part in encoder.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.momentum = 1.0  # the statistics become those of the one batch below
-    size = max(64, backbone(name).least_size)
+    size = max(64, get_backbone(name).least_size)
     encoder.cnn.train()
     with torch.no_grad():
         encoder(torch.rand(4, 3, size, size) * 4 - 2)
