@@ -20,7 +20,7 @@ STANDARD = set(sys.stdlib_module_names)
 LIBRARIES = {
     "torch", "torchvision", "PIL", "numpy", "tqdm", "requests", "tyro", "safetensors", "filelock",
     "matplotlib", "pycocoevalcap", "onnx", "onnxscript", "onnxruntime", "flask", "waitress",
-    "webdataset",
+    "webdataset", "nltk", "pandas",
 }  # fmt: skip
 # Libraries that not everybody installs: which file asks for them, and who alone may use them.
 EXTRAS = {

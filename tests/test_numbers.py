@@ -96,5 +96,5 @@ def test_adversarial_captions_score_as_in_the_reference_scorer(split):
 )
 def test_a_caption_of_thousands_of_signs_is_cut_in_a_moment(parts, joint):
     start = time.process_time()
-    metrics.tokenize((joint.join(parts) + joint) * (20_000 // len(joint.join(parts) + joint)))
-    assert time.process_time() - start < 5
+    metrics.tokenize((joint.join(parts) + joint) * (10_000 // len(joint.join(parts) + joint)))
+    assert time.process_time() - start < 3
