@@ -31,6 +31,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "length_penalty": (0.0, 10.0),
     "no_repeat_ngram": (0, 100),
     "max_words": (1, 1000),  # or what the model was trained for
+    "min_words": (1, 1000),
     "temperature": (0.01, 100.0),
     "top_k": (0, 1_000_000),
     "top_p": (0.001, 1.0),
@@ -90,7 +91,8 @@ def create_app(
     app.config["MAX_CONTENT_LENGTH"] = max_bytes + FORM_BYTES
     app.config["MAX_FORM_MEMORY_SIZE"] = FORM_BYTES
     app.config["MAX_FORM_PARTS"] = 32
-    bounds = {**BOUNDS, "max_words": (1, captioner.model.config.seq_len)}
+    longest = captioner.model.config.seq_len
+    bounds = {**BOUNDS, "max_words": (1, longest), "min_words": (1, longest)}
     turns = threading.BoundedSemaphore(at_once)
 
     @app.before_request

@@ -270,6 +270,7 @@ def configure(argv: list[str] | None) -> Config:
         stored = read_run(given.train.output or Path("runs") / given.data.dataset)
         changes = stored
     config = as_restarted(read(updated(Config(), changes)))
+    config.decoder.validate()
     for name in begun.keys() - {"dropout"}:
         if (now := flat(config)[name]) != begun[name]:
             raise UserError(

@@ -177,11 +177,12 @@ def caption_split(
     device = next(model.parameters()).device
     with tqdm(total=total, desc="captioning", unit=" images", disable=None, leave=False) as bar:
         for image_ids, views in features:
-            keys = [zlib.crc32(os.fsencode(str(image_id))) for image_id in image_ids]
+            seeds = [zlib.crc32(os.fsencode(str(image_id))) for image_id in image_ids]
             with torch.inference_mode():
                 memory = model.encode(*(batch.to(device) for batch in views))
-                decoded = decode(model, memory, decoding, keys=keys)
-            texts = (each[0].text for each in to_captions(model, decoded))
+                longest = model.config.seq_len
+                decoded = decode(model.decoder, memory, decoding, longest=longest, seeds=seeds)
+            texts = (each[0].text for each in to_captions(model.vocabulary, decoded))
             captions.update(zip(image_ids, texts, strict=True))
             bar.update(len(image_ids))
     return captions

@@ -152,7 +152,9 @@ class Captioner:
         while batch := list(islice(seen, batch_size)):
             good = [views for views in batch if not isinstance(views, Exception)]
             captions = iter(
-                to_captions(self.model, self._decoded(good, n, config)[1]) if good else ()
+                to_captions(self.model.vocabulary, self._decoded(good, n, config)[1])
+                if good
+                else ()
             )
             for views in batch:
                 yield views if isinstance(views, Exception) else next(captions)
@@ -171,7 +173,7 @@ class Captioner:
         """Return the `n` best captions of a picture, and where in it each word looked."""
         config = replace(self.decoding, **decoding)
         memory, decoded = self._decoded([self._see(image)], n, config)
-        captions = to_captions(self.model, decoded)[0]
+        captions = to_captions(self.model.vocabulary, decoded)[0]
         looks = self.model.attention_maps(memory, decoded.tokens)
         explained = []
         for row, caption in enumerate(captions):
@@ -188,9 +190,10 @@ class Captioner:
         device = next(self.model.parameters()).device
         views = [torch.stack(view) for view in zip(*batch, strict=True)]
         # Sampling goes by the pixels: a picture has its words alone as in any list.
-        keys = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
+        seeds = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
         memory = self.model.encode(*(pixels.to(device) for pixels in views))
-        return memory, decode(self.model, memory, config, n, keys)
+        longest = self.model.config.seq_len
+        return memory, decode(self.model.decoder, memory, config, longest=longest, n=n, seeds=seeds)
 
 
 def bare(error: Exception) -> Exception:

@@ -161,6 +161,7 @@ class CaptionModel(nn.Module):
         img_size, grid = stored.pop("img_size"), stored.pop("grid", None)
         EncoderConfig(name, img_size=img_size, grid=grid).validate()
         config, known = DecoderConfig(**stored), about["vocabulary"]
+        config.validate()
         if not isinstance(known, list) or not all(
             isinstance(word, str) and word.isprintable() for word in known
         ):  # words go to terminals, which obey control characters

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import TrainConfig
 from dataset import Batch
-from decoding import bounded, sample
+from decoding import mask_impossible_words, sample
 from encoder import fingerprint, multiplies_bfloat16
 from losses import Rewards, attention_penalty, cross_entropy, leave_one_out, self_critical
 from model import CaptionModel
@@ -173,7 +173,7 @@ class Trainer:
             if lesson.advantage is None:
                 loss = cross_entropy(logits, lesson.tokens, self.config.label_smoothing)
             else:
-                logits = bounded(logits, self.model.config.seq_len)
+                logits = mask_impossible_words(logits, self.model.config.seq_len)
                 loss = self_critical(logits, lesson.tokens, lesson.advantage)
             objective = loss.objective / words * lesson.counts
             if attention is not None and lesson.advantage is None:

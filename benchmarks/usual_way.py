@@ -165,17 +165,17 @@ def attention_beam(ours: AttentionLSTM, features: Tensor, **search: float) -> li
         keys = ours.key(memory)
         parents = [tuple(prefix[:-1]) for prefix in prefixes.tolist()]
         if parents[0] == ():
-            before = ours.begin(memory)
+            before = ours.initial_state(memory)
         else:
             pairs = zip(*(states[parent] for parent in parents), strict=True)
             before = tuple(torch.stack(parts) for parts in pairs)
         words = ours.embedding(prefixes[:, -1].to(features.device))
-        after, seen, _ = ours.advance(
+        after, context, _ = ours.read_word(
             words[:, None], tuple(part[:, None] for part in before), memory, keys
         )
         for row, prefix in enumerate(prefixes.tolist()):
             states[tuple(prefix)] = tuple(part[row, 0] for part in after)
-        return ours.logits(words, after[-2][:, 0], seen[:, 0]).log_softmax(-1).cpu()
+        return ours.compute_logits(words, after[-2][:, 0], context[:, 0]).log_softmax(-1).cpu()
 
     return beam(following, **search)
 

@@ -67,7 +67,9 @@ def follow(model: CaptionModel, image: Image.Image) -> Way:
     pixels = image_transform(model.img_size, train=False)(image)[None]
     features = model.encoder(pixels)
     memory = model.encode(features)
-    tokens = decode(model, memory, DecodingConfig()).tokens  # (1, 1, T), the end is one
+    longest = model.config.seq_len
+    # (1, 1, T), the end token is one
+    tokens = decode(model.decoder, memory, DecodingConfig(), longest=longest).tokens
     looks = model.attention_maps(memory, tokens)
     if looks is None:
         raise ValueError("this model has no attention to show")

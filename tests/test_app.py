@@ -117,7 +117,7 @@ def test_a_setting_may_be_at_either_end(name, end, client):
         ({"seed": ""}, "seed '' must be a whole number between 0 and 2147483648"),
         (
             {"method": "greedy", "n": "2"},
-            "the greedy method has one caption an image; use beam or sample",
+            "the greedy method has one caption per image; use beam or sample",
         ),
     ],
     ids=str,
@@ -131,7 +131,7 @@ def test_a_setting_that_is_not_known_is_refused_with_those_that_are(client):
     assert (status, message) == (
         400,
         "setting 'beams' is not known; choose from method, n, beam_size, length_penalty, "
-        "no_repeat_ngram, max_words, temperature, top_k, top_p, seed",
+        "no_repeat_ngram, max_words, min_words, temperature, top_k, top_p, seed",
     )
 
 

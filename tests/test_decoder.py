@@ -1,9 +1,10 @@
-"""Every decoder in the table: steps against teacher forcing, and what must never matter.
+"""Every decoder in the table: steps against teacher forcing, and invariances.
 
 B images · S image positions · C backbone channels · K beams · M captions in a batch · T words
 """
 
 import math
+from dataclasses import fields
 from typing import get_args, get_type_hints
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from decoder import DECODERS, DecoderConfig, build_decoder
 from decoding import beam_search, greedy, sample
 from losses import cross_entropy
+from util.files import IDENTITY
 from vocabulary import END, PAD, START
 
 WORDS, CHANNELS, POSITIONS, LONGEST = 23, 12, 6, 9
@@ -21,11 +23,11 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def build(name: str, seed: int = 0, **changes) -> nn.Module:
-    """Return a small decoder in eval mode that says lively things."""
+    """Return a small decoder in eval mode whose captions differ from image to image."""
     torch.manual_seed(seed)
     config = DecoderConfig(decoder=name, **{**SIZES, **changes})
     decoder = build_decoder(config, vocabulary=WORDS, channels=CHANNELS, positions=POSITIONS)
-    with torch.no_grad():  # far from the mild start, so that a wrong word shows
+    with torch.no_grad():  # larger weights, so that a wrong word changes the result
         for parameter in decoder.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
     return decoder.eval()
@@ -67,11 +69,11 @@ def log_probs(decoder, memory, tokens, owner) -> Tensor:
     return scores.masked_fill((tokens[:, 1:] == PAD)[..., None], 0)
 
 
-# ---- two ways, one answer --------------------------------------------------------------------
+# ---- two ways, one result --------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_steps_say_what_teacher_forcing_says(decoder):
+def test_steps_equal_teacher_forcing(decoder):
     """Three beams an image, each on another caption, word by word."""
     tokens = captions((LONGEST,) * 6)
     owner = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -88,7 +90,7 @@ def test_steps_say_what_teacher_forcing_says(decoder):
 
 
 @torch.no_grad()
-def test_beams_that_change_places_keep_their_own_past(decoder):
+def test_reordered_beams_keep_their_own_past(decoder):
     tokens = captions((4, 4, 4))
     memory = decoder.encode(features(1))
     expected = log_probs(decoder, memory, tokens, torch.zeros(3, dtype=torch.long))
@@ -117,7 +119,7 @@ METHODS = {
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_log_prob_of_a_decoded_caption_is_teacher_forcings(decoder, method):
+def test_log_prob_of_a_decoded_caption_equals_teacher_forcing(decoder, method):
     memory = decoder.encode(features(5))
     decoded = method(decoder, memory)
     count, n, _ = decoded.tokens.shape
@@ -129,7 +131,7 @@ def test_log_prob_of_a_decoded_caption_is_teacher_forcings(decoder, method):
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", [METHODS["greedy"], METHODS["beam"]], ids=["greedy", "beam"])
-def test_an_image_is_captioned_alone_as_in_a_batch(decoder, method):
+def test_captions_of_an_image_do_not_depend_on_the_batch(decoder, method):
     inputs = features(5)
     together = method(decoder, decoder.encode(inputs))
     for row in range(5):
@@ -141,7 +143,7 @@ def test_an_image_is_captioned_alone_as_in_a_batch(decoder, method):
 
 
 @torch.no_grad()
-def test_a_caption_is_scored_alone_as_among_others(decoder):
+def test_the_score_of_a_caption_does_not_depend_on_the_batch(decoder):
     """An image with none, one, two or seven captions; captions of one word and of nine."""
     tokens, memory = captions(LENGTHS), decoder.encode(features(IMAGES))
     together = log_probs(decoder, memory, tokens, OWNER)
@@ -151,11 +153,11 @@ def test_a_caption_is_scored_alone_as_among_others(decoder):
         torch.testing.assert_close(together[row : row + 1, : own.shape[1] - 1], alone, **CLOSE)
 
 
-# ---- what never matters ----------------------------------------------------------------------
+# ---- invariances --------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_the_order_of_captions_never_matters(decoder):
+def test_the_order_of_captions_does_not_matter(decoder):
     tokens, memory = captions(LENGTHS), decoder.encode(features(IMAGES))
     expected = log_probs(decoder, memory, tokens, OWNER)
     order = torch.randperm(len(OWNER), generator=torch.Generator().manual_seed(5))
@@ -182,18 +184,18 @@ def test_padding_never_changes_the_loss_or_a_gradient(decoder, more):
 
 
 @torch.no_grad()
-def test_logits_are_zero_at_padding_and_have_the_promised_shape(decoder):
+def test_logits_are_zero_at_padding_and_have_the_documented_shape(decoder):
     tokens = captions(LENGTHS)
-    taught = decoder(decoder.encode(features(IMAGES)), tokens, OWNER)
-    assert taught.logits.shape == (len(LENGTHS), tokens.shape[1] - 1, WORDS)
-    assert not taught.logits[tokens[:, 1:] == PAD].any()
-    assert taught.logits[tokens[:, 1:] != PAD].any(-1).all()
-    if taught.attention is not None:
-        assert taught.attention.shape == (len(LENGTHS), tokens.shape[1] - 1, POSITIONS)
+    output = decoder(decoder.encode(features(IMAGES)), tokens, OWNER)
+    assert output.logits.shape == (len(LENGTHS), tokens.shape[1] - 1, WORDS)
+    assert not output.logits[tokens[:, 1:] == PAD].any()
+    assert output.logits[tokens[:, 1:] != PAD].any(-1).all()
+    if output.attention is not None:
+        assert output.attention.shape == (len(LENGTHS), tokens.shape[1] - 1, POSITIONS)
 
 
 @torch.no_grad()
-def test_a_word_never_sees_the_words_after_it(decoder):
+def test_a_word_does_not_depend_on_later_words(decoder):
     tokens, memory = captions((6,)), decoder.encode(features(1))
     owner = torch.tensor([0])
     changed = tokens.clone()
@@ -220,14 +222,14 @@ def test_every_image_position_and_every_earlier_word_matters(decoder):
 
 
 @torch.no_grad()
-def test_a_batch_of_images_without_a_caption_is_no_error(decoder):
+def test_a_batch_of_images_without_captions_gives_empty_logits(decoder):
     tokens = torch.zeros(0, 5, dtype=torch.long)
-    taught = decoder(decoder.encode(features(2)), tokens, tokens[:, 0])
-    assert taught.logits.shape == (0, 4, WORDS)
+    output = decoder(decoder.encode(features(2)), tokens, tokens[:, 0])
+    assert output.logits.shape == (0, 4, WORDS)
 
 
 @torch.no_grad()
-def test_the_image_is_never_copied_for_its_beams(decoder):
+def test_the_image_is_not_copied_for_its_beams(decoder):
     state = decoder.start(decoder.encode(features(2)))
     image = state.image
     state = state.reorder(torch.zeros(2, 5, dtype=torch.long))
@@ -276,7 +278,7 @@ def test_every_parameter_gets_a_gradient(decoder):
         assert slope.isfinite().all() and slope.any(), key
 
 
-def test_dropout_is_drawn_in_training_and_never_in_eval(name):
+def test_dropout_is_on_in_training_and_off_in_eval_mode(name):
     decoder = build(name, dropout=0.5)
     tokens, inputs = captions(LENGTHS), features(IMAGES)
 
@@ -297,14 +299,14 @@ def test_no_weight_is_stored_twice(decoder):
     places = [tensor.untyped_storage().data_ptr() for tensor in decoder.state_dict().values()]
     assert len(set(places)) == len(places)
     keys = [key for key, each in decoder.state_dict().items() if each.shape == (WORDS, 32)]
-    assert len(keys) == 1  # the embedding is the output layer too, where not told otherwise
+    assert len(keys) == 1  # the embedding is the output layer too, by default
 
 
-def test_a_transformers_output_layer_is_its_embedding():
+def test_the_output_layer_of_a_transformer_is_its_embedding():
     decoder = build("transformer")
     hidden = torch.randn(2, 32)
     expected = decoder.norm(hidden) @ decoder.embedding.weight.T
-    torch.testing.assert_close(decoder.logits(hidden), expected)
+    torch.testing.assert_close(decoder.compute_logits(hidden), expected)
 
 
 @torch.no_grad()
@@ -314,16 +316,15 @@ def test_an_untied_output_layer_is_a_weight_of_its_own(name):
     memory, bias = decoder.encode(features(IMAGES)), getattr(decoder, "bias", torch.zeros(()))
     bias = bias * (tokens[:, 1:] != PAD)[..., None]
 
-    def to_captions() -> Tensor:
+    def logits() -> Tensor:
         return decoder(memory, tokens, OWNER).logits - bias
 
-    before = to_captions()
+    before = logits()
     decoder.untied *= 2
-    torch.testing.assert_close(to_captions(), 2 * before)  # it says the words, and is read nowhere
+    torch.testing.assert_close(logits(), 2 * before)  # it is used for nothing else
 
 
-def test_gradients_reach_the_image_and_no_other(decoder):
-    """An image that has no captions has no part in the loss."""
+def test_an_image_without_captions_gets_no_gradient(decoder):
     inputs = features(IMAGES).requires_grad_()
     tokens = captions(LENGTHS)
     loss = cross_entropy(decoder(decoder.encode(inputs), tokens, OWNER).logits, tokens)
@@ -338,23 +339,35 @@ def test_gradients_reach_the_image_and_no_other(decoder):
 @pytest.mark.parametrize("value", (0, -1))
 def test_a_size_below_one_is_named(flag, value):
     with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} {value} must be >= 1"):
-        DecoderConfig(**{flag: value})
+        DecoderConfig(**{flag: value}).validate()
 
 
 def test_a_switch_is_true_or_false():
     with pytest.raises(ValueError, match="--tie-weights 1 must be true or false"):
-        DecoderConfig(tie_weights=1)
+        DecoderConfig(tie_weights=1).validate()
+
+
+@pytest.mark.parametrize(("flag", "most"), [("n_decode", 128), ("seq_len", 1000)])
+def test_a_size_that_would_take_any_amount_of_memory_is_named(flag, most):
+    DecoderConfig(**{flag: most}).validate()
+    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} {most + 1} must be at most"):
+        DecoderConfig(**{flag: most + 1}).validate()
+
+
+def test_all_fields_but_dropout_make_another_model():
+    kept = {each.name for each in fields(DecoderConfig) if each.metadata == IDENTITY}
+    assert {each.name for each in fields(DecoderConfig)} - kept == {"dropout"}
 
 
 def test_heads_that_do_not_divide_the_width_are_named():
     with pytest.raises(ValueError, match="--d-model 30 is not divisible by --n-head 4"):
-        DecoderConfig(d_model=30, n_head=4)
+        DecoderConfig(d_model=30, n_head=4).validate()
 
 
 @pytest.mark.parametrize("dropout", (-0.1, 1.0, math.nan))
 def test_a_dropout_out_of_range_is_named(dropout):
     with pytest.raises(ValueError, match=f"--dropout {dropout} must be"):
-        DecoderConfig(dropout=dropout)
+        DecoderConfig(dropout=dropout).validate()
 
 
 def test_an_unknown_decoder_is_named_with_the_known_ones():
@@ -362,7 +375,7 @@ def test_an_unknown_decoder_is_named_with_the_known_ones():
         build("gpt")
 
 
-def test_the_flag_offers_the_decoders_in_the_table():
+def test_the_flag_offers_all_decoders_in_the_table():
     assert get_args(get_type_hints(DecoderConfig)["decoder"]) == tuple(DECODERS)
 
 
@@ -381,7 +394,7 @@ def test_a_caption_may_be_as_long_as_the_decoder_allows_and_no_longer(decoder):
 
 @pytest.mark.parametrize("kind", ["transformer", "lstm", "attention-lstm"])
 def test_gradients_are_the_same_each_time_on_several_threads(kind):
-    """Where threads add up one gradient in an order by chance, no run is like another."""
+    """Threads that add up one gradient in a random order would make runs differ."""
     torch.manual_seed(0)
     config = DecoderConfig(decoder=kind, d_model=64, n_head=2, n_decode=1, fc_dim=64, dropout=0.0)
     decoder = build_decoder(config, vocabulary=50, channels=32, positions=9)
@@ -399,24 +412,24 @@ def test_gradients_are_the_same_each_time_on_several_threads(kind):
         assert all(torch.equal(one, two) for one, two in zip(found[0], again, strict=True))
 
 
-# ---- where words look -------------------------------------------------------------------------
+# ---- attention maps ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["transformer", "attention-lstm"])
 @torch.no_grad()
-def test_attention_is_shared_out_over_the_image_and_changes_nothing(kind):
+def test_attention_sums_to_one_and_does_not_change_the_logits(kind):
     decoder, tokens = build(kind), captions(LENGTHS)
     memory = decoder.encode(features(IMAGES))
-    told = decoder(memory, tokens, OWNER, attention=True)
-    torch.testing.assert_close(told.logits, decoder(memory, tokens, OWNER).logits)
+    output = decoder(memory, tokens, OWNER, attention=True)
+    torch.testing.assert_close(output.logits, decoder(memory, tokens, OWNER).logits)
     real = (tokens[:, 1:] != PAD).float()
-    torch.testing.assert_close(told.attention.sum(-1), real)
-    assert told.attention.shape == (len(LENGTHS), tokens.shape[1] - 1, POSITIONS)
+    torch.testing.assert_close(output.attention.sum(-1), real)
+    assert output.attention.shape == (len(LENGTHS), tokens.shape[1] - 1, POSITIONS)
 
 
 @pytest.mark.parametrize("kind", ["transformer", "attention-lstm"])
 @torch.no_grad()
-def test_attention_goes_where_the_picture_goes(kind):
+def test_attention_follows_permuted_image_positions(kind):
     decoder, tokens = build(kind), captions(LENGTHS)
     memory, order = decoder.encode(features(IMAGES)), torch.tensor([3, 1, 5, 0, 2, 4])
     before = decoder(memory, tokens, OWNER, attention=True).attention

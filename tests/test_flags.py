@@ -19,7 +19,8 @@ SENSIBLE = {
     **dict.fromkeys(["seed", "split_seed"], (-1, 10**31)),
     **dict.fromkeys(["limit", "epochs", "scst_epochs", "patience", "min_count", "batch_size",
                      "accumulate", "top_k", "no_repeat_ngram", "max_words", "weight_decay",
-                     "scst_bleu", "attention_penalty", "at_once", "grid"], (10**31,)),
+                     "scst_bleu", "attention_penalty", "at_once", "grid", "min_words", "d_model",
+                     "fc_dim"], (10**31,)),
     "length_penalty": (-1,),
     "grad_clip": (10**31, math.inf),
 }  # fmt: skip
@@ -54,6 +55,8 @@ def test_a_number_that_makes_no_sense_is_refused_by_its_flag(config, name, kind)
         needed = {"photos": ()} if config is inference.Config else {}
         with pytest.raises(ValueError) as error:
             made = config(**{name: value}, **needed)
+            if hasattr(made, "validate"):
+                made.validate()
             if config is app.Config:
                 app.check(made)
             if hasattr(made, "validate"):

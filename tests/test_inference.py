@@ -254,7 +254,7 @@ def test_with_no_checkpoint_named_the_shipped_model_is_used_and_said(run, monkey
         ({"max_words": 9}, "max words 9 must be between 1 and the model's 8"),
         ({"top_k": -1}, "top k -1 must be at least 0"),
         ({"method": "sample", "temperature": 0.0}, "temperature 0.0 must be above 0"),
-        ({"method": "greedy", "n": 2}, "the greedy method has one caption an image"),
+        ({"method": "greedy", "n": 2}, "the greedy method has one caption per image"),
         ({"n": 0}, "n 0 must be at least 1"),
         ({"method": "sample", "n": -1}, "n -1 must be at least 1"),
         ({"device": "gpu"}, "device 'gpu' can't be used"),

@@ -1,18 +1,18 @@
-"""Attention is torch's own, dropout drops what it says, packed words come back where they were."""
+"""Attention equals torch's own, dropout drops its share, packed words return to their cells."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from util.layers import Dropout, Layout, attend
+from util.layers import Dropout, PackedWords, compute_attention
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_and_its_gradient_are_torchs(causal):
+def test_attention_and_its_gradient_equal_torchs(causal):
     torch.manual_seed(0)
     ours = [torch.randn(3, 2, 7, 4, requires_grad=True) for _ in range(3)]
     theirs = [each.detach().clone().requires_grad_() for each in ours]
-    found = attend(*ours, causal=causal)
+    found = compute_attention(*ours, causal=causal)
     expected = F.scaled_dot_product_attention(*theirs, is_causal=causal)
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(found)
@@ -36,13 +36,13 @@ def test_dropout_drops_independently():
     torch.manual_seed(0)
     dropped = Dropout(0.5)(torch.ones(64, 4096)) == 0
     rows = dropped.float() - 0.5
-    likeness = (rows @ rows.T / 4096 / 0.25).fill_diagonal_(0)
-    assert float(likeness.abs().max()) < 0.1
+    correlation = (rows @ rows.T / 4096 / 0.25).fill_diagonal_(0)
+    assert float(correlation.abs().max()) < 0.1
     columns = rows.T @ rows / 64 / 0.25
     assert abs(float((columns.sum() - columns.trace()) / (4096 * 4095))) < 0.01
 
 
-def test_dropout_is_the_same_by_the_seed_and_nothing_outside_training():
+def test_dropout_is_reproducible_by_seed_and_off_in_eval_mode():
     dropout, x = Dropout(0.3), torch.randn(5, 7)
     first, second = (torch.manual_seed(seed) and dropout(x) for seed in (1, 1))
     assert torch.equal(first, second)
@@ -50,20 +50,21 @@ def test_dropout_is_the_same_by_the_seed_and_nothing_outside_training():
     assert dropout.eval()(x) is x and Dropout(0.0)(x) is x
 
 
-def test_the_gradient_goes_where_the_input_was_kept():
+def test_gradients_flow_only_through_elements_that_were_kept():
     x = torch.ones(1000, requires_grad=True)
     kept = Dropout(0.25)(x)
     kept.sum().backward()
     assert torch.equal(x.grad, kept.detach())
 
 
-def test_packed_words_come_back_where_they_were():
-    real = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
-    layout = Layout(real, torch.tensor([1, 0, 1]), 3, torch.device("cpu"))
+def test_packed_words_return_to_their_cells():
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    packed = PackedWords(mask, torch.tensor([1, 0, 1]), 3, torch.device("cpu"))
     words = torch.arange(1.0, 7.0)[:, None]
-    for grid in (layout.by_caption, layout.by_image):
-        spread = layout.spread(words, grid)
-        assert torch.equal(layout.pack(spread, grid), words)
-        assert float(spread.sum()) == 21
-    by_image = layout.spread(words, layout.by_image)[..., 0].tolist()
-    assert by_image == [[4, 0, 0, 0, 0], [1, 2, 3, 5, 6], [0, 0, 0, 0, 0]]
+    rows = {"by_caption": [[1, 2, 3], [4, 0, 0], [5, 6, 0]],
+            "by_image": [[4, 0, 0, 0, 0], [1, 2, 3, 5, 6], [0, 0, 0, 0, 0]]}  # fmt: skip
+    for name, expected in rows.items():
+        grid = getattr(packed, name)
+        assert grid.unpack(words)[..., 0].tolist() == expected
+        assert torch.equal(grid.pack(grid.unpack(words)), words)
+    assert packed.position.tolist() == [0, 1, 2, 0, 0, 1]

@@ -48,8 +48,9 @@ def test_float16_features_give_what_float32_ones_give(decoder, records, tmp_path
         dataset = CaptionDataset(records, model.vocabulary, model.config.seq_len, **how)
         (batch,) = get_loader(dataset, len(records))
         loss = cross_entropy(model(batch.inputs, batch.tokens, batch.owner).logits, batch.tokens)
-        decoded = decode(model, model.encode(batch.inputs), DecodingConfig())
-        said.append((loss, to_captions(model, decoded), batch.inputs.dtype))
+        memory, longest = model.encode(batch.inputs), model.config.seq_len
+        decoded = decode(model.decoder, memory, DecodingConfig(), longest=longest)
+        said.append((loss, to_captions(model.vocabulary, decoded), batch.inputs.dtype))
     (half, ours, small), (full, theirs, large) = said
     assert (small, large) == (torch.float16, torch.float32)
     assert float(half.objective) == pytest.approx(float(full.objective), rel=5e-3)

@@ -1,4 +1,4 @@
-"""What a search finds, against the list of all captions and against itself on other ways.
+"""What a search finds, against all possible captions and against other ways to the same result.
 
 K beams
 """
@@ -20,10 +20,11 @@ from helpers.toy import (
     repeats,
     rescored,
     same,
+    to_captions,
 )
 
 import decoding
-from decoding import Decoded, Ensemble, State, beam_search, greedy, to_captions
+from decoding import Decoded, Ensemble, State, beam_search, greedy, sample
 from vocabulary import END, PAD, START, UNK
 
 PENALTIES = (0.0, 0.7, 1.0)
@@ -33,7 +34,7 @@ PENALTIES = (0.0, 0.7, 1.0)
 
 
 def every_caption(toy, memory, longest: int = MAX_WORDS, least: int = 1) -> dict[tuple, float]:
-    """Return every caption there is with its log-probability, for one image."""
+    """Return every possible caption of one image with its log-probability."""
     words = range(SPECIALS, len(toy.bias))
     state, token, total = toy.start(memory), torch.tensor([[START]]), torch.zeros(1)
     found: dict[tuple, float] = {}
@@ -70,7 +71,7 @@ def test_a_wide_beam_finds_the_best_of_all_captions_in_order(penalty, seed):
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("ngram", (1, 2, 3))
 def test_a_wide_beam_finds_the_best_caption_without_a_repeated_ngram(penalty, ngram):
-    # Saying a word again is likely here, so that blocking has something to block.
+    # Repeating a word is probable here, so that there is something to forbid.
     toy, memory = Toy(seed=5, bias={SPECIALS: 3.0}), images(3)
     settings = {"max_words": 5, "min_words": 3, "beam_size": 400, "length_penalty": penalty}
     free = to_captions(beam_search(toy, memory, **settings))
@@ -82,14 +83,14 @@ def test_a_wide_beam_finds_the_best_caption_without_a_repeated_ngram(penalty, ng
     assert ngram == 3 or free != blocked
 
 
-def narrow(toy, memory, beam_size: int, longest: int) -> dict[tuple, float]:
-    """Return the captions that a beam meets, for one image, by lists and loops.
+def search_with_lists(toy, memory, beam_size: int, longest: int) -> dict[tuple, float]:
+    """Return the captions that beam search completes for one image, with lists and loops.
 
-    Of the 2K likeliest ways on, those that end are captions and K of the others go on.
+    Of the 2K most probable candidates, those that end are captions and K of the others grow on.
     """
     found, growing = {}, [((), 0.0)]
     for length in range(longest + 1):
-        ways = []
+        candidates = []
         for caption, total in growing:
             state = toy.start(memory)
             for before in (START, *caption):
@@ -97,26 +98,26 @@ def narrow(toy, memory, beam_size: int, longest: int) -> dict[tuple, float]:
             for word in range(END, len(toy.bias)):
                 allowed = word != UNK and (word == END) >= (length == longest)
                 if allowed and (word != END or length):
-                    ways.append(((*caption, word), total + float(log_probs[0, 0, word])))
-        ways = sorted(ways, key=lambda way: -way[1])[: 2 * beam_size]
-        found |= {caption[:-1]: total for caption, total in ways if caption[-1] == END}
-        growing = [way for way in ways if way[0][-1] != END][:beam_size]
+                    candidates.append(((*caption, word), total + float(log_probs[0, 0, word])))
+        candidates = sorted(candidates, key=lambda each: -each[1])[: 2 * beam_size]
+        found |= {caption[:-1]: total for caption, total in candidates if caption[-1] == END}
+        growing = [each for each in candidates if each[0][-1] != END][:beam_size]
     return found
 
 
 @pytest.mark.parametrize("beam_size", (2, 3, 5))
 @pytest.mark.parametrize("end", (-2.0, 0.0, 2.0))
-def test_a_narrow_beam_is_the_same_as_one_of_lists_and_loops(beam_size, end):
+def test_a_narrow_beam_finds_what_a_search_with_lists_finds(beam_size, end):
     toy, memory = Toy(words=6, seed=3), images(4, end=end)
     decoded = beam_search(toy, memory, max_words=6, beam_size=beam_size, n=beam_size)
     for row, found in enumerate(to_captions(decoded)):
-        captions = narrow(toy, memory[row : row + 1], beam_size, 6)
+        captions = search_with_lists(toy, memory[row : row + 1], beam_size, 6)
         assert found == ranked(captions, 0)[:beam_size]
 
 
 @pytest.mark.parametrize("beam_size", (2, 8, 9, 50))
 def test_a_beam_may_be_larger_than_the_vocabulary(beam_size):
-    """Of two words and up to two in a caption there are six captions, and no more are made up."""
+    """Two words make six captions of up to two words: no others are returned."""
     toy, memory = Toy(words=2), images()
     decoded = beam_search(toy, memory, max_words=2, beam_size=beam_size, n=beam_size)
     for row, captions in enumerate(to_captions(decoded)):
@@ -127,58 +128,92 @@ def test_a_beam_may_be_larger_than_the_vocabulary(beam_size):
             assert captions == ranked(every_caption(toy, memory[row : row + 1], 2), 0)
 
 
-def test_samples_come_as_often_as_they_are_probable():
+@pytest.mark.parametrize("seeds", [None, (3, 4)], ids=["one generator", "seed per image"])
+def test_samples_are_as_frequent_as_they_are_probable(seeds):
+    torch.manual_seed(0)
     toy, memory = Toy(), images(2)
-    decoded = draw(toy, memory, max_words=2, n=8000)
-    for row, found in enumerate(to_captions(decoded)):
-        captions = every_caption(toy, memory[row : row + 1], 2)
-        # Words that may not be said leave their share to the others, at each word anew.
-        for first in range(SPECIALS, len(toy.bias)):
-            share = sum(each[0] == first for each in found) / len(found)
-            singles = [math.exp(first_word(toy, memory[row : row + 1], word)) for word in (4, 5, 6)]
-            assert share == pytest.approx(singles[first - SPECIALS] / sum(singles), abs=0.02)
-        assert set(found) <= set(captions)
+    samples = sample(toy, memory, max_words=2, n=8000, seeds=seeds)
+    for row, found in enumerate(to_captions(samples)):
+        expected = sampling_probabilities(toy, memory[row : row + 1])
+        assert sum(expected.values()) == pytest.approx(1)
+        shares = {caption: found.count(caption) / len(found) for caption in expected}
+        assert shares == pytest.approx(expected, abs=0.02)
 
 
-def first_word(toy, memory, word) -> float:
-    return float(toy.step(torch.tensor([[START]]), toy.start(memory))[0][0, 0, word])
+def sampling_probabilities(toy, memory) -> dict[tuple, float]:
+    """Return the probabilities of all captions of one or two words of one image.
+
+    At each step the probability of tokens that are not allowed is shared among the others.
+    """
+    words, found = range(SPECIALS, len(toy.bias)), {}
+    log_probs, state = toy.step(torch.tensor([[START]]), toy.start(memory))
+    first = log_probs[0, 0, SPECIALS:].softmax(-1).tolist()
+    for word, share in zip(words, first, strict=True):
+        log_probs, _ = toy.step(torch.tensor([[word]]), state)
+        second = log_probs[0, 0, [END, *words]].softmax(-1).tolist()
+        captions = [(word,), *((word, after) for after in words)]
+        found |= {each: share * p for each, p in zip(captions, second, strict=True)}
+    return found
 
 
 @pytest.mark.parametrize("penalty", (0.0, -0.5))
 @pytest.mark.parametrize("seed", range(4))
-def test_stopping_early_changes_no_caption_where_longer_is_never_better(penalty, seed, monkeypatch):
+def test_stopping_early_changes_no_caption_if_longer_ones_never_score_better(
+    penalty, seed, monkeypatch
+):
     settings = {"max_words": 9, "beam_size": 4, "n": 2, "length_penalty": penalty}
     toy, memory = Toy(words=6, seed=seed), images(6)
     stopped = beam_search(toy, memory, **settings)
-    worked = sum(toy.rows)
-    monkeypatch.setattr(decoding, "_hopeless", lambda best, *_: torch.zeros_like(best).bool())
+    steps = sum(toy.rows)
+    monkeypatch.setattr(decoding, "can_stop", lambda best, *_: torch.zeros_like(best).bool())
     toy.rows.clear()
     same(stopped, beam_search(toy, memory, **settings))
-    assert worked < sum(toy.rows)
+    assert steps < sum(toy.rows)
 
 
-def test_a_long_caption_wins_where_its_mean_is_better_though_shorter_ones_are_complete():
+class Table:
+    """A decoder of which each word depends on the last one only, by a table (V, V)."""
+
+    def __init__(self, probs: dict[int, dict[int, float]]):
+        self.probs = torch.full((7, 7), 1e-9)
+        for before, row in probs.items():
+            for word, value in row.items():
+                self.probs[before, word] = value
+
+    def start(self, memory):
+        return State((memory,), (torch.zeros(len(memory), 1),))
+
+    def step(self, token, state):
+        return self.probs[token].log(), state
+
+
+def find_best(probs: dict, max_words: int, penalty: float) -> tuple:
+    settings = {"max_words": max_words, "beam_size": 2, "length_penalty": penalty}
+    return to_captions(beam_search(Table(probs), torch.zeros(1, 1), **settings))[0][0]
+
+
+def test_a_long_caption_wins_if_its_mean_is_better_although_shorter_ones_are_complete():
     # After 4 and after 5 the caption ends or 5 follows, each with 1/2.
-    table = torch.full((7, 7), 1e-9)
-    table[START, 4] = 1.0
-    table[(4, 4, 5, 5), (5, END, 5, END)] = 0.5
-
-    class Table:
-        def start(self, memory):
-            return State((memory,), (torch.zeros(len(memory), 1),))
-
-        def step(self, token, state):
-            return table[token].log(), state
-
-    def best(penalty):
-        settings = {"max_words": 4, "beam_size": 2, "length_penalty": penalty}
-        return to_captions(beam_search(Table(), torch.zeros(1, 1), **settings))[0][0]
-
-    assert best(0) == best(0.7) == (4,)
-    assert best(3) == (4, 5, 5, 5)
+    probs = {START: {4: 1.0}, 4: {END: 0.5, 5: 0.5}, 5: {END: 0.5, 5: 0.5}}
+    assert find_best(probs, 4, 0) == find_best(probs, 4, 0.7) == (4,)
+    assert find_best(probs, 4, 3) == (4, 5, 5, 5)
 
 
-# ---- two ways, one answer --------------------------------------------------------------------
+def test_a_search_goes_on_while_the_longest_caption_could_still_win():
+    # With one more token the beam scores log(0.4) / 3 at best, less than the complete caption's
+    # log(0.6) / 2. With two more it scores log(0.4) / 4, which is better than both.
+    probs = {START: {4: 1.0}, 4: {END: 0.6, 5: 0.4}, 5: {6: 1.0}, 6: {END: 1.0}}
+    assert find_best(probs, 3, 1) == (4, 5, 6)
+
+
+def test_a_search_goes_on_while_the_next_caption_could_win_with_a_negative_penalty():
+    # The complete caption scores 2 log(0.3), the beam 3 log(0.7) if it ends now, but less than
+    # the complete one if it has as many words as allowed.
+    probs = {START: {4: 1.0}, 4: {END: 0.3, 5: 0.7}, 5: {END: 1.0}}
+    assert find_best(probs, 9, -1) == (4, 5)
+
+
+# ---- two ways, one result --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
@@ -196,18 +231,18 @@ def test_beam_of_one_is_greedy(penalty, ngram, seed):
     [{"temperature": 1e-6}, {"temperature": 1e-42}, {"top_k": 1}, {"top_p": 1e-6}],
     ids=str,
 )
-def test_sampling_without_chance_is_greedy(settings):
+def test_sampling_only_the_most_probable_word_is_greedy(settings):
     toy, memory = Toy(words=9), images(8)
     expected = greedy(toy, memory, max_words=7)
-    drawn = draw(toy, memory, max_words=7, n=2, **settings)
+    samples = draw(toy, memory, max_words=7, n=2, **settings)
     for place in range(2):
-        only = Decoded(drawn.tokens[:, place : place + 1], drawn.log_prob[:, place : place + 1])
+        only = Decoded(samples.tokens[:, place : place + 1], samples.log_prob[:, place : place + 1])
         same(only, expected)
 
 
 @every_method
 @pytest.mark.parametrize("ngram", (0, 2))
-def test_log_prob_is_that_of_the_tokens(method, ngram):
+def test_log_prob_is_the_models_for_these_tokens(method, ngram):
     toy, memory = Toy(words=6, seed=2), images()
     decoded = method(toy, memory, max_words=6, no_repeat_ngram=ngram)
     for row, captions in enumerate(to_captions(decoded)):
@@ -227,18 +262,17 @@ def test_log_prob_of_samples_is_the_models_own_at_any_temperature():
         )
 
 
-def test_the_words_of_a_caption_are_as_probable_by_any_method():
-    """Sampling's captions are among the wide beam's, with the same log-probability."""
+def test_a_caption_has_the_same_log_prob_by_sampling_and_by_beam_search():
     toy, memory = Toy(), images()
     every = beam_search(toy, memory, max_words=3, beam_size=39, n=39)
-    drawn = draw(toy, memory, max_words=3, n=20)
-    for row, captions in enumerate(to_captions(drawn)):
+    samples = draw(toy, memory, max_words=3, n=20)
+    for row, captions in enumerate(to_captions(samples)):
         known = dict(zip(to_captions(every)[row], every.log_prob[row].tolist(), strict=True))
-        for caption, log_prob in zip(captions, drawn.log_prob[row].tolist(), strict=True):
+        for caption, log_prob in zip(captions, samples.log_prob[row].tolist(), strict=True):
             assert known[caption] == pytest.approx(log_prob, abs=1e-5)
 
 
-LENGTHS = (4.0, -30.0, 0.0, 30.0, -30.0, 1.0)  # from one word to as many as there may be
+LENGTHS = (4.0, -30.0, 0.0, 30.0, -30.0, 1.0)  # logits of the end: 1 to max_words words
 
 
 def mixed() -> torch.Tensor:
@@ -248,7 +282,7 @@ def mixed() -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
-def test_an_image_has_the_same_captions_alone_and_in_any_batch(name):
+def test_captions_of_an_image_do_not_depend_on_the_batch(name):
     method, toy, memory = METHODS[name], Toy(words=6, seed=1), mixed()
     together = method(toy, memory, max_words=12)
     order = [4, 2, 0, 5, 3, 1]
@@ -263,7 +297,7 @@ def test_an_image_has_the_same_captions_alone_and_in_any_batch(name):
 
 
 @every_method
-def test_an_ensemble_of_a_model_with_itself_is_the_model(method):
+def test_an_ensemble_of_a_model_with_itself_equals_the_model(method):
     toy, memory = Toy(words=6), mixed()
     same(
         method(Ensemble([toy, toy]), (memory, memory), max_words=8),
@@ -272,7 +306,7 @@ def test_an_ensemble_of_a_model_with_itself_is_the_model(method):
 
 
 @every_method
-def test_an_ensemble_gives_each_word_the_mean_of_its_probabilities(method):
+def test_an_ensemble_uses_the_mean_of_its_probabilities(method):
     toys = [Toy(words=6), Toy(words=6, seed=5)]
     memory = (mixed(), images(len(mixed()), seed=9))
     decoded = method(Ensemble(toys), memory, max_words=6)
@@ -298,7 +332,7 @@ def rescored_by_hand(toys, memory, caption) -> float:
 
 @pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16))
 @every_method
-def test_any_floating_type_of_model_can_be_decoded(method, dtype):
+def test_models_of_any_floating_point_type_can_be_decoded(method, dtype):
     memory = images()
     decoded = method(Toy(words=6), memory.to(dtype), max_words=5)
     assert decoded.log_prob.dtype == torch.float32 and decoded.tokens.dtype == torch.int64
@@ -310,7 +344,7 @@ def test_any_floating_type_of_model_can_be_decoded(method, dtype):
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-def test_the_n_best_differ_and_come_best_first(penalty):
+def test_the_n_best_differ_and_are_sorted(penalty):
     decoded = beam_search(
         Toy(words=8), images(), max_words=8, beam_size=6, n=6, length_penalty=penalty
     )
@@ -322,7 +356,7 @@ def test_the_n_best_differ_and_come_best_first(penalty):
         assert values == sorted(values, reverse=True)
 
 
-def test_asking_for_fewer_captions_of_a_beam_gives_the_first_ones():
+def test_fewer_captions_of_a_beam_are_the_first_ones():
     toy, memory = Toy(words=8), images()
     settings = {"max_words": 8, "beam_size": 6}
     five = beam_search(toy, memory, n=5, **settings)
@@ -331,7 +365,7 @@ def test_asking_for_fewer_captions_of_a_beam_gives_the_first_ones():
 
 
 @pytest.mark.parametrize("penalty", PENALTIES)
-def test_a_search_stops_when_its_captions_are_complete_and_waits_for_no_miracle(penalty):
+def test_a_search_stops_early_when_its_captions_are_complete(penalty):
     toy = Toy(words=6, bias={END: 8.0})
     beam_search(toy, images(), max_words=60, beam_size=4, length_penalty=penalty)
     assert len(toy.rows) < 5

@@ -1,8 +1,10 @@
-"""What decoders are made of and nothing is learned in: packed words, attention, dropout.
+"""Parts of decoders that have no weights: packed words, attention, dropout.
 
 B images · S image positions · D model width · T words · H heads · E = D/H · M captions in a batch
 N words in a batch
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,89 +12,108 @@ from torch import Tensor, nn
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return the tensor on a device; from the CPU to a GPU without waiting for what that does."""
+    """Return the tensor on `device`; copying from the CPU to a GPU does not wait for the GPU."""
     if tensor.device == device:
         return tensor
     if device.type == "cuda":
-        tensor = tensor.pin_memory()  # a copy out of other memory would wait
+        tensor = tensor.pin_memory()  # from pageable memory the copy would be synchronous
     return tensor.to(device, non_blocking=True)
 
 
-class Layout:
-    """Where the N real words of a batch sit, so that no layer works on padding.
+class Grid(NamedTuple):
+    """A (rows, columns) grid of which only N cells hold a word.
 
-    Words travel packed, (N, D). Self-attention wants a row a caption, (M, T, D); cross-attention
-    a row an image, (B, W, D), with the words of all its captions side by side, so that the
-    image's keys and values are never copied for its captions.
+    `index` (N,) is the cell of each packed word, counted row by row.
     """
 
-    def __init__(self, real: Tensor, owner: Tensor, images: int, device: torch.device):
-        """`real` (M, T) is True at words; `owner` (M,) the image of each caption.
+    rows: int
+    columns: int
+    index: Tensor
 
-        What is worked out where these are (the CPU, if nobody is to wait for a GPU) is put on
-        `device`.
+    def unpack(self, words: Tensor) -> Tensor:
+        """Return packed `words` (N, D) in their cells (rows, columns, D), zero in the others."""
+        width = words.shape[-1]
+        empty = words.new_zeros(self.rows * self.columns, width)
+        return empty.index_copy(0, self.index, words).view(self.rows, self.columns, width)
+
+    def pack(self, grid: Tensor) -> Tensor:
+        """Return the words (N, D) in the cells of a grid (rows, columns, D)."""
+        return grid.flatten(0, 1).index_select(0, self.index)
+
+
+class PackedWords:
+    """Where the N real words of a batch belong, so that no layer computes padding.
+
+    Captions differ in length: of the M x T positions of a batch about half are padding. Layers
+    that work on each word alone (linear, norm) take the real words packed, (N, D). Attention needs
+    words that belong together in one row, and `unpack`s them into one of two grids:
+
+    - `by_caption` (M, T): a row per caption, for self-attention;
+    - `by_image` (B, W): a row per image with the words of all its captions side by side, for
+      attention to the image, whose keys and values are then not copied for each caption. W is the
+      largest number of words of any image.
+
+    `position` (N,) is the place of each word in its caption.
+    """
+
+    def __init__(self, mask: Tensor, owner: Tensor, images: int, device: torch.device):
+        """`mask` (M, T) is True at real words; `owner` (M,) is the index of each caption's image.
+
+        The indices are computed where these are (on the CPU, so that no GPU is waited for) and
+        then copied to `device`.
         """
-        captions, length = real.shape
-        caption, position = real.nonzero(as_tuple=True)  # (N,), (N,)
+        captions, length = mask.shape
+        caption, position = mask.nonzero(as_tuple=True)  # (N,), (N,)
         image = owner[caption]
         order = image.argsort(stable=True)
-        counts = image.bincount(minlength=images)
-        before = counts.cumsum(0) - counts
-        place = torch.empty_like(image)  # the place of each word among its image's words
-        place[order] = torch.arange(len(image), device=image.device) - before[image[order]]
+        counts = image.bincount(minlength=images)  # (B,): words of each image
+        first = counts.cumsum(0) - counts  # where an image's words begin in `order`
+        column = torch.empty_like(image)
+        column[order] = torch.arange(len(image), device=image.device) - first[image[order]]
         width = int(counts.max())
         self.position = to_device(position, device)
-        self.by_caption = (captions, length), to_device(caption * length + position, device)
-        self.by_image = (images, width), to_device(image * width + place, device)
-
-    @staticmethod
-    def spread(words: Tensor, grid: tuple[tuple[int, int], Tensor]) -> Tensor:
-        """Return packed `words` (N, D) laid on a grid (rows, columns, D), zeros elsewhere."""
-        (rows, columns), index = grid
-        empty = words.new_zeros(rows * columns, words.shape[-1])
-        return empty.index_copy(0, index, words).view(rows, columns, words.shape[-1])
-
-    @staticmethod
-    def pack(spread: Tensor, grid: tuple[tuple[int, int], Tensor]) -> Tensor:
-        """Return the words (N, D) of a grid (rows, columns, D)."""
-        return spread.flatten(0, 1).index_select(0, grid[1])
+        self.by_caption = Grid(captions, length, to_device(caption * length + position, device))
+        self.by_image = Grid(images, width, to_device(image * width + column, device))
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(…, T, D) -> (…, H, T, E)"""
+    """(..., T, D) -> (..., H, T, E)"""
     return x.unflatten(-1, (heads, -1)).transpose(-2, -3)
 
 
 def join_heads(x: Tensor) -> Tensor:
-    """(…, H, T, E) -> (…, T, D)"""
+    """(..., H, T, E) -> (..., T, D)"""
     return x.transpose(-2, -3).flatten(-2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
-    """Return what each query (…, T, E) sees of keys and values (…, S, E), scaled dot products.
+def compute_attention(query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> Tensor:
+    """Return scaled dot-product attention (..., T, E), arXiv 1706.03762.
 
-    With `causal`, query t sees the keys up to t alone.
+    `query` (..., T, E); `key` and `value` (..., S, E). With `causal`, query t attends to keys 0
+    to t only.
     """
     if query.device.type != "cpu":
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal)
-    # For rows this short torch's fused backward takes up to ten times as long on a CPU.
-    likeness = scaled_dot_products(query, key)
+    # On a CPU, torch's fused backward takes up to ten times as long for rows this short.
+    scores = compute_scores(query, key)
     if causal:
-        later = torch.ones(likeness.shape[-2:], dtype=torch.bool, device=likeness.device).triu(1)
-        likeness = likeness.masked_fill(later, float("-inf"))
-    return likeness.softmax(-1) @ value
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(later, float("-inf"))
+    return scores.softmax(-1) @ value
 
 
-def scaled_dot_products(query: Tensor, key: Tensor) -> Tensor:
-    """Return the scaled dot products (…, T, S) of queries (…, T, E) and keys (…, S, E)."""
+def compute_scores(query: Tensor, key: Tensor) -> Tensor:
+    """Return scaled dot products (..., T, S) of `query` (..., T, E) and `key` (..., S, E)."""
+    # The query is scaled, not the scores: they are the larger tensor.
     return query * query.shape[-1] ** -0.5 @ key.transpose(-1, -2)
 
 
 class Dropout(nn.Module):
-    """Zeroes a share `p` of its input in training and scales the rest by 1 / (1 - p).
+    """Dropout with a random byte per element: `p` is rounded to a multiple of 1/256.
 
-    On a CPU torch draws a random number an element, which takes longer than the layer it is for;
-    here a byte decides, so `p` is rounded to a multiple of 1/256.
+    In training a fraction `p` of the elements is set to zero and the others are multiplied by
+    1 / (1 - p). On a CPU, torch's own dropout draws a random number per element, which takes
+    longer than the layer it belongs to; eight bytes come from each number here.
     """
 
     def __init__(self, p: float):
@@ -100,11 +121,12 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return `x` with elements dropped, of the same shape; `x` itself in eval mode."""
         if not self.training or not self.p:
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        dropped = min(255, max(1, round(self.p * 256)))
+        dropped = min(255, max(1, round(self.p * 256)))  # byte values that mean "drop"
         random = torch.empty((x.numel() + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
         keep = random.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
         return x * keep.to(x.dtype).mul_(256 / (256 - dropped))

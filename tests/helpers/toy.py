@@ -1,4 +1,4 @@
-"""A toy of a decoder, every method of decoding, and the captions in what they return.
+"""A toy decoder, every decoding method, and functions that check their captions.
 
 B images · V vocabulary · D width of the toy
 """
@@ -14,10 +14,11 @@ SPECIALS = 4
 
 
 class Toy:
-    """A random recurrent network: what comes next depends on the image and on all words so far.
+    """A random recurrent network: the next word depends on the image and on all words so far.
 
-    `bias` (V,) is added to every word's logit; the last number of an image's memory (D + 1,) to
-    that of the end, so that images can have captions of very different lengths.
+    `bias` maps words to what is added to their logits. The last number of an image's memory
+    (D + 1,) is added to the logit of the end token, so that images can have captions of very
+    different lengths.
     """
 
     def __init__(self, words: int = 3, seed: int = 0, bias: dict[int, float] | None = None):
@@ -29,11 +30,11 @@ class Toy:
         self.bias = torch.zeros(size)
         for word, value in (bias or {}).items():
             self.bias[word] = value
-        self.rows: list[int] = []  # how many images each step worked on
+        self.rows: list[int] = []  # number of images in each step
 
     def start(self, memory):
         hidden = torch.zeros(len(memory), 1, WIDTH, dtype=memory.dtype)
-        return State((memory,), (hidden,), hidden)
+        return State((memory,), (hidden,))
 
     def step(self, token, state):
         (memory,), (hidden,) = state.image, state.beam
@@ -45,7 +46,7 @@ class Toy:
         hidden = torch.tanh(hidden @ recur + embedding[token] + memory[:, None, :-1])
         logits = hidden @ out + bias
         logits[..., END] += memory[:, -1:]
-        return logits.log_softmax(-1), State(state.image, (hidden,), hidden)
+        return logits.log_softmax(-1), State(state.image, (hidden,))
 
 
 def images(count: int = 5, seed: int = 7, end: float = 0.0) -> torch.Tensor:
@@ -65,7 +66,7 @@ def rescored(toy, memory, caption) -> float:
 
 
 def to_captions(decoded: Decoded) -> list[list[tuple]]:
-    """Return the captions' words, and check that each ends once and is padded after."""
+    """Return the words of each caption, checking that it has one end token, then padding."""
     found = []
     for rows in decoded.tokens.tolist():
         found.append([])
