@@ -1,7 +1,7 @@
 """Captions in the browser: `python app.py --checkpoint RUN`, and a JSON endpoint for programs.
 
-Other sites are kept out: a page of theirs can neither read an answer nor have a photo captioned.
-Photos are kept in memory while they are captioned, and never written to disk.
+Pages of other sites can neither read an answer nor have an image captioned. Images are kept in
+memory while they are captioned, and never written to disk.
 """
 
 import io
@@ -10,38 +10,36 @@ import logging
 import math
 import threading
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 from urllib.parse import urlsplit
 
 from PIL import Image
 
-from decoding import DecodingConfig
-from inference import Captioner, Explained, named
+from decoding import METHODS, DecodingConfig
+from inference import Captioner, Explained, list_checkpoints
 from util import files
 from util.files import UserError
 from util.images import MAX_PIXELS, read_image
 
-METHODS = get_args(get_type_hints(DecodingConfig)["method"])
-# The least and the most a request may ask for; whole numbers where these are.
+# The smallest and the largest value a request may have; integers where these are. Those of
+# min_words and max_words depend on the model.
 BOUNDS: dict[str, tuple[float, float]] = {
     "n": (1, 10),
     "beam_size": (1, 20),
     "length_penalty": (0.0, 10.0),
     "no_repeat_ngram": (0, 100),
-    "max_words": (1, 1000),  # or what the model was trained for
-    "min_words": (1, 1000),
     "temperature": (0.01, 100.0),
     "top_k": (0, 1_000_000),
     "top_p": (0.001, 1.0),
     "seed": (0, 2**31),
 }
-THREADS = 16  # requests read and answered at a time; the model has a limit of its own
+THREADS = 16  # requests handled at a time; captioning has a limit of its own
 CONNECTIONS = 64
-PATIENCE = 60.0  # seconds that a photo waits for its turn
+MAX_WAIT = 60.0  # seconds that an image waits for its turn
 MEGABYTE = 1_000_000
-FORM_BYTES = 500_000  # what a form may hold beside the photo; werkzeug reads it by 64 KiB
+FORM_BYTES = 500_000  # allowed in a form besides the image; werkzeug reads in blocks of 64 KiB
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -57,7 +55,7 @@ HEADERS = {
 
 
 class RefusedError(UserError):
-    """A request that is refused, with its HTTP status."""
+    """A refused request, with its HTTP status."""
 
     def __init__(self, status: int, message: str):
         super().__init__(message)
@@ -70,13 +68,13 @@ def create_app(
     max_mb: float = 20.0,
     at_once: int = 2,
     hostnames: Collection[str] = (),
-    patience: float = PATIENCE,
+    max_wait: float = MAX_WAIT,
 ) -> Any:
-    """Return the Flask application over a captioner.
+    """Return the Flask application that serves a captioner.
 
-    Photos have at most `max_mb` megabytes; `at_once` of them are captioned at a time, the others
-    wait `patience` seconds for it. It answers where it is called by an address, as localhost, or by
-    one of `hostnames`.
+    An upload has at most `max_mb` megabytes; `at_once` images are captioned at a time, the others
+    wait up to `max_wait` seconds. Requests must name the server by an IP address, as localhost, or
+    by one of `hostnames`.
     """
     import flask
 
@@ -92,11 +90,13 @@ def create_app(
     app.config["MAX_FORM_MEMORY_SIZE"] = FORM_BYTES
     app.config["MAX_FORM_PARTS"] = 32
     longest = captioner.model.config.seq_len
-    bounds = {**BOUNDS, "max_words": (1, longest), "min_words": (1, longest)}
+    known = {**BOUNDS, "max_words": (1, longest), "min_words": (1, longest)}
+    names = ["n", *(each.name for each in fields(DecodingConfig))]
+    bounds = {name: known[name] for name in names if name != "method"}
     turns = threading.BoundedSemaphore(at_once)
 
     @app.before_request
-    def keep_others_out() -> None:
+    def refuse_other_sites() -> None:
         check_sender(flask.request, hostnames)
 
     @app.get("/")
@@ -106,20 +106,24 @@ def create_app(
     @app.get("/health")
     def health() -> dict[str, Any]:
         limits = {"max_mb": max_mb, "max_pixels": MAX_PIXELS}
-        return {"status": "ok", **limits, "settings": describe(captioner.decoding, bounds)}
+        settings = describe_settings(captioner.decoding, bounds)
+        return {"status": "ok", **limits, "settings": settings}
 
     @app.post("/caption")
     def caption() -> dict[str, Any]:
-        photo = uploaded(flask.request, max_bytes)
-        settings = read_settings(flask.request.form, bounds)
-        if not turns.acquire(timeout=patience):
+        upload = read_upload(flask.request, max_bytes)
+        settings = {
+            name: read_setting(name, value.strip(), bounds)
+            for name, value in flask.request.form.items()
+        }
+        if not turns.acquire(timeout=max_wait):
             raise RefusedError(503, "too many photos are waiting; try again in a minute")
         try:
-            # Decoded here: a photo of few bytes may be one of many pixels.
-            captions = captioner.explain(opened(photo), **settings)
+            # Decoded in turn: a file of few bytes may be an image of many pixels.
+            captions = captioner.explain(decode_upload(upload), **settings)
         finally:
             turns.release()
-        return {"captions": [as_json(each) for each in captions]}
+        return {"captions": [to_json(each) for each in captions]}
 
     @app.after_request
     def add_headers(response: Any) -> Any:
@@ -145,12 +149,12 @@ def create_app(
 
 
 def check_sender(request: Any, hostnames: Collection[str]) -> None:
-    """Raise RefusedError for a request that another site had a browser make.
+    """Raise RefusedError for a request that another site made a browser send.
 
-    Its page would send its own name as Origin; or, if it lets that name lead to this machine, as
-    Host. An address of numbers can't be so redirected.
+    The page of the other site sends its own name as Origin; or as Host, if that name is made to
+    resolve to this machine. An IP address can't be redirected so.
     """
-    if not is_ours(request.host, hostnames):
+    if not is_own_host(request.host, hostnames):
         raise RefusedError(
             403, "this server does not go by that name; start it with --hostnames NAME"
         )
@@ -159,8 +163,8 @@ def check_sender(request: Any, hostnames: Collection[str]) -> None:
         raise RefusedError(403, "pages of other sites may not ask for captions")
 
 
-def is_ours(host: str, hostnames: Collection[str]) -> bool:
-    """Tell whether a Host header is an address, localhost, or one of `hostnames`."""
+def is_own_host(host: str, hostnames: Collection[str]) -> bool:
+    """Return whether a Host header is an IP address, localhost, or one of `hostnames`."""
     try:
         name = urlsplit(f"//{host}").hostname or ""
     except ValueError:
@@ -172,40 +176,30 @@ def is_ours(host: str, hostnames: Collection[str]) -> bool:
     return True
 
 
-def uploaded(request: Any, max_bytes: int) -> io.BytesIO:
-    """Return the photo of a request, named like its file."""
-    photos = request.files.getlist("image")
-    if len(photos) != 1:
-        wanted = "send one photo as the form's field image: curl -F image=@photo.jpg"
-        raise UserError(f"{len(photos) or 'no'} photos came; {wanted}")
-    photo = io.BytesIO(photos[0].read())
-    photo.name = Path(photos[0].filename or "the photo").name[-80:]
-    if (size := photo.getbuffer().nbytes) > max_bytes:
-        has, most = (f"{count / MEGABYTE:.3g}" for count in (size, max_bytes))
-        raise RefusedError(413, f"{photo.name} has {has} MB; at most {most} MB are taken")
-    return photo
+def read_upload(request: Any, max_bytes: int) -> io.BytesIO:
+    """Return the uploaded file of a request, with the name of the file."""
+    uploads = request.files.getlist("image")
+    if len(uploads) != 1:
+        usage = "send one photo as the form's field image: curl -F image=@photo.jpg"
+        raise UserError(f"{len(uploads) or 'no'} photos came; {usage}")
+    upload = io.BytesIO(uploads[0].read())
+    upload.name = Path(uploads[0].filename or "the photo").name[-80:]
+    if (size := upload.getbuffer().nbytes) > max_bytes:
+        size_mb, max_mb = (f"{count / MEGABYTE:.3g}" for count in (size, max_bytes))
+        raise RefusedError(413, f"{upload.name} has {size_mb} MB; at most {max_mb} MB are taken")
+    return upload
 
 
-def opened(photo: io.BytesIO) -> Image.Image:
-    """Return the picture in an upload."""
+def decode_upload(upload: io.BytesIO) -> Image.Image:
+    """Return the image in an uploaded file."""
     try:
-        return read_image(photo)
-    except OSError as error:  # of the system, which may name what is no visitor's business
-        raise UserError(f"{photo.name} is not an image that can be read") from error
-
-
-def read_settings(
-    form: Mapping[str, str], bounds: Mapping[str, tuple[float, float]]
-) -> dict[str, Any]:
-    """Return the settings of a form as `Captioner.explain` takes them.
-
-    Raises ValueError for a setting that is not known, and for a value out of bounds.
-    """
-    return {name: read_setting(name, value.strip(), bounds) for name, value in form.items()}
+        return read_image(upload)
+    except OSError as error:  # of the system: its text may name private paths
+        raise UserError(f"{upload.name} is not an image that can be read") from error
 
 
 def read_setting(name: str, value: str, bounds: Mapping[str, tuple[float, float]]) -> Any:
-    """Return one setting as the value it stands for."""
+    """Return the value of a form's setting; UserError if it is not known or out of bounds."""
     if name == "method":
         if value not in METHODS:
             raise UserError(f"method {value!r} is not known; choose from {', '.join(METHODS)}")
@@ -224,28 +218,28 @@ def read_setting(name: str, value: str, bounds: Mapping[str, tuple[float, float]
     return number
 
 
-def describe(
+def describe_settings(
     decoding: DecodingConfig, bounds: Mapping[str, tuple[float, float]]
 ) -> dict[str, dict[str, Any]]:
-    """Return what each setting is where a request does not say, and between which bounds."""
-    usual = {"n": 1, **asdict(decoding)}
-    method = {"default": usual["method"], "choices": METHODS}
+    """Return the default of each setting, and its choices or its bounds."""
+    defaults = {"n": 1, **asdict(decoding)}
+    method = {"default": defaults["method"], "choices": list(METHODS)}
     numbers = {
-        name: {"default": usual[name], "least": least, "most": most}
+        name: {"default": defaults[name], "least": least, "most": most}
         for name, (least, most) in bounds.items()
     }
     return {"method": method, **numbers}
 
 
-def as_json(caption: Explained) -> dict[str, Any]:
+def to_json(caption: Explained) -> dict[str, Any]:
     """Return a caption for JSON, with the geometric mean of its words' probabilities."""
-    looks = caption.attention
+    attention = caption.attention
     return {
         "text": caption.text,
         "log_prob": caption.log_prob,
-        "probability": math.exp(caption.log_prob / max(1, len(caption.words))),
+        "probability": math.exp(caption.score),
         "words": caption.words,
-        "attention": None if looks is None else looks.astype(float).round(4).tolist(),
+        "attention": None if attention is None else attention.astype(float).round(4).tolist(),
     }
 
 
@@ -257,39 +251,34 @@ class Config:
     checkpoint: Path | None = None
     """A model file, or the folder of a run (default: the shipped model)."""
     ensemble: tuple[Path, ...] = ()
-    """Several checkpoints, decoded together: the mean of their probabilities decides."""
+    """Several checkpoints that decode together by the mean of their probabilities."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     host: str = "127.0.0.1"
-    """Address to listen at: 127.0.0.1 is this machine alone, 0.0.0.0 all who can reach it."""
+    """Address to listen at: 127.0.0.1 is for this machine only, 0.0.0.0 for all that reach it."""
     port: int = 8000
     """Port to listen at (0: any that is free)."""
     hostnames: tuple[str, ...] = ()
-    """Names that the page is called by, beside localhost and addresses: behind a proxy, its own."""
+    """Host names of the page besides localhost and IP addresses, such as that of a proxy."""
     max_mb: float = 20.0
     """Largest photo in megabytes."""
     at_once: int = 2
-    """How many photos are captioned at a time; the others wait for their turn."""
+    """Number of photos captioned at a time; the others wait for their turn."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise UserError(f"port {self.port} must be between 0 and 65535 (0: any that is free)")
+        if not 0 < self.max_mb <= 1000:
+            raise UserError(f"max mb {self.max_mb:g} must be above 0 and at most 1000")
+        if self.at_once < 1:
+            raise UserError(f"at once {self.at_once} must be at least 1")
 
 
-def check(config: Config) -> None:
-    """Raise ValueError for a flag out of bounds."""
-    if not 0 <= config.port <= 65535:
-        raise UserError(f"port {config.port} must be between 0 and 65535 (0: any that is free)")
-    if not 0 < config.max_mb <= 1000:
-        raise UserError(f"max mb {config.max_mb:g} must be above 0 and at most 1000")
-    if config.at_once < 1:
-        raise UserError(f"at once {config.at_once} must be at least 1")
-
-
-def listen(app: Any, config: Config) -> Any:
-    """Return the server of an application, bound to its address.
-
-    Raises ValueError where that can't be had.
-    """
+def create_server(app: Any, config: Config) -> Any:
+    """Return the server of an application, bound to its address; UserError if it can't be."""
     import waitress
 
-    # Twice the limit is read, so that a photo somewhat too large gets an answer that says so.
+    # Twice the limit is read, so that a photo slightly too large gets an answer that says so.
     most = 2 * round(config.max_mb * MEGABYTE) + FORM_BYTES
     try:
         return waitress.create_server(
@@ -299,7 +288,7 @@ def listen(app: Any, config: Config) -> Any:
             threads=THREADS,
             connection_limit=CONNECTIONS,
             max_request_body_size=most,
-            inbuf_overflow=most + 1,  # beyond this it would write to the disk
+            inbuf_overflow=most + 1,  # above it, waitress writes to the disk
             ident=None,
         )
     except (OSError, ValueError) as error:
@@ -313,7 +302,6 @@ def listen(app: Any, config: Config) -> Any:
 def main(argv: list[str] | None = None) -> None:
     """Serve the page until Ctrl-C."""
     config = files.parse(Config, argv, program="app.py", description="Caption photos in a browser.")
-    check(config)
     try:
         import flask  # noqa: F401
         import waitress  # noqa: F401
@@ -321,17 +309,18 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(
             f"{error.name} is missing; install it: pip install -r requirements-app.txt"
         ) from error
-    checkpoint = named(config.checkpoint, config.ensemble)
-    captioner = Captioner.load(checkpoint, config.device, **asdict(config.decoding))
-    captioner.caption(Image.new("RGB", (64, 64)))  # settings that fail do so here; the next is fast
+    checkpoints = list_checkpoints(config.checkpoint, config.ensemble)
+    captioner = Captioner.load(checkpoints, config.device, **asdict(config.decoding))
+    # Invalid settings fail here, and the first request is not slower than the others.
+    captioner.caption(Image.new("RGB", (64, 64)))
     app = create_app(
         captioner,
         max_mb=config.max_mb,
         at_once=config.at_once,
         hostnames=(*config.hostnames, config.host),
     )
-    server = listen(app, config)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a queue is no news
+    server = create_server(app, config)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it reports queues
     port = getattr(server, "effective_port", config.port)
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     print(f"http://{host}:{port} (Ctrl-C stops it)", flush=True)

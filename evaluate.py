@@ -24,7 +24,7 @@ import metrics
 from config import MOST_WORKERS
 from decoding import DecodingConfig, decode, to_captions
 from features import EncodedBatch, encode_images
-from inference import Captioner, named
+from inference import Captioner, list_checkpoints
 from losses import cross_entropy
 from model import CaptionModel, ModelEnsemble
 from onnx_model import OnnxModel
@@ -359,7 +359,9 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
         captions = by_own_ids(read_captions(config.captions), records, every[used:])
         how: dict[str, Any] = {"captions": config.captions.name}
     else:
-        captioner = Captioner.load(named(config.checkpoint, config.ensemble), config.device)
+        captioner = Captioner.load(
+            list_checkpoints(config.checkpoint, config.ensemble), config.device
+        )
         if isinstance(captioner.model, OnnxModel):
             raise UserError(
                 f"{config.checkpoint} has no encoder of its own to score with; give the "

@@ -1,6 +1,6 @@
-"""Captions for pictures: `inference.caption("photo.jpg")`, or `python inference.py photo.jpg`.
+"""Caption images: `inference.caption("photo.jpg")`, or `python inference.py photo.jpg`.
 
-B images · S image positions · T words · n captions an image
+B images · T words · n captions per image
 """
 
 import contextlib
@@ -8,9 +8,7 @@ import datetime
 import functools
 import sys
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -23,46 +21,25 @@ from tqdm import tqdm
 
 from decoding import Decoded, DecodingConfig, decode, to_captions
 from encoder import image_transform
-from model import CaptionModel, ModelEnsemble, checkpoint_file, load_models
-from onnx_model import OnnxModel, is_onnx, load_onnx
-from util import distributed, files, plots
+from model import checkpoint_file, load_models
+from util import distributed, files, results
 from util.distributed import pick_device
 from util.files import UserError
-from util.images import read_image
-from util.results import (
-    Caption,
-    Lines,
-    Result,
-    Results,
-    annotated_places,
-    as_json,
-    check_sidecars,
-    find_known,
-    find_parts,
-    find_photos,
-    free_part,
-    json_list,
-    merge,
-    open_results,
-    part_file,
-    pick_form,
-    sidecar,
-    write_annotated,
-)
+from util.images import drop_traceback, read_ahead, read_image
+from util.results import Caption, Result
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
-# What bounds the memory of a batch, whatever is asked for: beams of all its images, and their
-# pixels as the CNN sees them.
-MOST_ROWS, MOST_PIXELS = 4096, 2**23
-# How long a process that is done waits for the others to have done their pictures.
-LONGEST_WAIT = datetime.timedelta(days=7)
+# Limits on the memory of a batch, whatever its size: beams of all its images, and input pixels.
+MAX_ROWS, MAX_PIXELS = 4096, 2**23
+# How long a process that has finished its share of the images waits for the others.
+MAX_WAIT = datetime.timedelta(days=7)
 
 
 class Explained(NamedTuple):
-    """A caption with what each of its words looked at.
+    """A caption with the attention map of each of its words.
 
-    `attention` (words, rows, columns), each word's sums to 1 over the image; None where the model
-    has none (a pooled image, an ensemble).
+    `attention` (words, rows, columns) sums to 1 per word; None if the model has none (a pooled
+    image, an ensemble).
     """
 
     text: str
@@ -70,16 +47,19 @@ class Explained(NamedTuple):
     words: list[str]
     attention: np.ndarray | None
 
+    @property
+    def score(self) -> float:
+        """Return the mean log-probability per word, as `Caption.score`."""
+        return Caption(self.text, self.log_prob).score
+
 
 class Captioner:
-    """A model at hand: give it pictures, it gives captions."""
+    """A loaded model that captions images."""
 
-    def __init__(
-        self,
-        model: CaptionModel | ModelEnsemble | OnnxModel,
-        decoding: DecodingConfig | None = None,
-    ):
-        """`decoding`: how words are chosen unless a call says otherwise."""
+    def __init__(self, model: torch.nn.Module, decoding: DecodingConfig | None = None):
+        """`model`: of `model.py` or `onnx_model.py`; `decoding`: the settings unless a call says
+        otherwise.
+        """
         self.model = model.eval()
         self.decoding = decoding or DecodingConfig()
         self.transforms = [image_transform(size, train=False) for _, size in model.encoders]
@@ -93,8 +73,8 @@ class Captioner:
     ) -> "Captioner":
         """Return the captioner of a checkpoint: a model file (.onnx too), or the folder of a run.
 
-        Several checkpoints are an ensemble. `decoding` are fields of `DecodingConfig`. With no
-        checkpoint the shipped model is used; raises FileNotFoundError where there is none.
+        Several checkpoints form an ensemble. `decoding` are fields of `DecodingConfig`. Without a
+        checkpoint the shipped model is loaded; raises FileNotFoundError if there is none.
         """
         if checkpoint is None:
             checkpoint = SHIPPED
@@ -106,21 +86,25 @@ class Captioner:
             if distributed.is_main():
                 print(f"using the shipped model {SHIPPED}", file=sys.stderr)
         paths = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
-        if any(map(is_onnx, paths)):
+        if any(Path(path).suffix == ".onnx" for path in paths):
+            from onnx_model import load_onnx  # here, as other models don't need it
+
             model = load_onnx(paths, device)
         else:
             model = load_models(paths, pick_device(device))
         return cls(model, DecodingConfig(**decoding))
 
     def caption(self, image: Any, *, n: int = 1, **decoding: Any) -> str | list[str]:
-        """Return the caption of a picture, or with `n` > 1 its `n` best; see `images.read_image`
-        for what a picture can be. `decoding` are fields of `DecodingConfig`.
+        """Return the caption of an image, or with `n` > 1 the list of its `n` best.
+
+        `image` is anything that `util.images.read_image` reads; `decoding` are fields of
+        `DecodingConfig`.
         """
         captions = [caption.text for caption in self.candidates(image, n=n, **decoding)]
         return captions if n > 1 else captions[0]
 
     def candidates(self, image: Any, *, n: int = 5, **decoding: Any) -> list[Caption]:
-        """Return the `n` best captions of a picture with their log-probabilities."""
+        """Return the `n` best captions of an image with their log-probabilities."""
         return next(self.caption_many([image], n=n, **decoding))
 
     def caption_many(
@@ -130,14 +114,14 @@ class Captioner:
         n: int = 1,
         batch_size: int = 16,
         workers: int = 0,
-        forgiving: bool = False,
+        return_exceptions: bool = False,
         **decoding: Any,
     ) -> Iterator[list[Caption]]:
-        """Yield the `n` best captions of each picture, in order, reading as it goes.
+        """Yield the `n` best captions of each image, in order; images are read as needed.
 
-        `workers` threads read pictures ahead, two batches at most. A batch is made smaller where
-        its beams or the CNN's pixels are many: that changes no caption. At a picture that can't be
-        read raises ValueError or OSError; if `forgiving`, yields the error in place of captions.
+        `workers` threads read up to two batches ahead. A batch is made smaller if it has many beams
+        or pixels, which changes no caption. An image that can't be read raises UserError or
+        OSError; with `return_exceptions`, the exception is yielded in place of its captions.
         """
         if batch_size < 1 or workers < 0:
             raise UserError(
@@ -146,87 +130,52 @@ class Captioner:
         config = replace(self.decoding, **decoding)
         beams = max(n, config.beam_size if config.method == "beam" else 1)
         pixels = sum(size**2 for _, size in self.model.encoders)
-        batch_size = min(batch_size, max(1, min(MOST_PIXELS // pixels, MOST_ROWS // beams)))
-        ahead = 2 * batch_size if workers else 0
-        seen = read_ahead(functools.partial(self._see, forgiving=forgiving), images, workers, ahead)
-        while batch := list(islice(seen, batch_size)):
-            good = [views for views in batch if not isinstance(views, Exception)]
-            captions = iter(
-                to_captions(self.model.vocabulary, self._decoded(good, n, config)[1])
-                if good
-                else ()
-            )
+        batch_size = min(batch_size, max(1, min(MAX_PIXELS // pixels, MAX_ROWS // beams)))
+        read = functools.partial(self._preprocess, return_exceptions=return_exceptions)
+        inputs = read_ahead(read, images, workers, 2 * batch_size)
+        while batch := list(islice(inputs, batch_size)):
+            readable = [views for views in batch if not isinstance(views, Exception)]
+            captions = iter(())
+            if readable:
+                _, decoded = self._decode(readable, n, config)
+                captions = iter(to_captions(self.model.vocabulary, decoded))
             for views in batch:
                 yield views if isinstance(views, Exception) else next(captions)
 
-    def _see(self, image: Any, forgiving: bool = False) -> list[Tensor] | Exception:
-        """Return a picture as pixels (3, H, W) for each of the model's views."""
-        try:
-            image = read_image(image)
-        except (ValueError, OSError) as error:
-            if forgiving:
-                return bare(error)
-            raise
-        return [see(image) for see in self.transforms]
-
     def explain(self, image: Any, *, n: int = 1, **decoding: Any) -> list[Explained]:
-        """Return the `n` best captions of a picture, and where in it each word looked."""
+        """Return the `n` best captions of an image with an attention map for each word."""
         config = replace(self.decoding, **decoding)
-        memory, decoded = self._decoded([self._see(image)], n, config)
-        captions = to_captions(self.model.vocabulary, decoded)[0]
-        looks = self.model.attention_maps(memory, decoded.tokens)
+        memory, decoded = self._decode([self._preprocess(image)], n, config)
+        maps = self.model.attention_maps(memory, decoded.tokens)
         explained = []
-        for row, caption in enumerate(captions):
+        for row, caption in enumerate(to_captions(self.model.vocabulary, decoded)[0]):
             words = caption.text.split()
-            where = None if looks is None else looks[0, row, : len(words)].cpu().numpy()
-            explained.append(Explained(*caption, words, where))
+            attention = None if maps is None else maps[0, row, : len(words)].cpu().numpy()
+            explained.append(Explained(*caption, words, attention))
         return explained
 
+    def _preprocess(self, image: Any, return_exceptions: bool = False) -> list[Tensor] | Exception:
+        """Return the input pixels (3, H, W) of an image for each of the model's encoders."""
+        try:
+            image = read_image(image)
+        except (UserError, OSError) as error:
+            if return_exceptions:
+                return drop_traceback(error)
+            raise
+        return [transform(image) for transform in self.transforms]
+
     @torch.inference_mode()
-    def _decoded(
+    def _decode(
         self, batch: Sequence[list[Tensor]], n: int, config: DecodingConfig
     ) -> tuple[Any, Decoded]:
-        """Return the memory of pictures, and `n` captions of each as tokens."""
+        """Return the memory of a batch of preprocessed images, and their captions as tokens."""
         device = next(self.model.parameters()).device
         views = [torch.stack(view) for view in zip(*batch, strict=True)]
-        # Sampling goes by the pixels: a picture has its words alone as in any list.
+        # An image is sampled by its pixels, so that it has the same captions alone and in a batch.
         seeds = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
         memory = self.model.encode(*(pixels.to(device) for pixels in views))
         longest = self.model.config.seq_len
         return memory, decode(self.model.decoder, memory, config, longest=longest, n=n, seeds=seeds)
-
-
-def bare(error: Exception) -> Exception:
-    """Return the error without where it was raised, which holds on to the pixels read till then."""
-    error.__cause__ = error.__context__ = None
-    return error.with_traceback(None)
-
-
-def read_ahead(
-    read: Callable[[Any], Any], items: Iterable[Any], workers: int, ahead: int
-) -> Iterator[Any]:
-    """Yield `read(item)` for each item, in order; `workers` threads work on the next `ahead`."""
-    if not workers:
-        yield from map(read, items)
-        return
-    items = iter(items)
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = deque(pool.submit(read, item) for item in islice(items, ahead))
-        try:
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(pool.submit(read, item) for item in islice(items, 1))
-                yield result
-        finally:
-            for each in waiting:
-                each.cancel()
-
-
-@functools.lru_cache(maxsize=2)
-def _captioner(
-    checkpoints: tuple[Path, ...] | None, version: tuple[tuple[int, ...], ...], device: str
-) -> Captioner:
-    return Captioner.load(checkpoints, device)
 
 
 def caption(
@@ -241,215 +190,211 @@ def caption(
 ) -> str | list:
     """Return a caption of `image`: a path, PIL image, numpy array, bytes or file object.
 
-    `n` > 1 gives the list of the n best; a list of images gives a list of those. `checkpoint` is
-    a model file or a run's folder (default: the shipped model), or a list of them, decoded
-    together; `decoding` are further fields of `DecodingConfig`. The model stays loaded between
-    calls, until its file changes.
+    With `n` > 1 it is the list of the n best; for a list of images, a list of those. `checkpoint`
+    is a model file or the folder of a run (default: the shipped model), or a list of them that
+    decode together; `decoding` are further fields of `DecodingConfig`. The model stays loaded
+    between calls, until its file changes.
     """
     paths = None
     if checkpoint is not None:
-        named = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
-        paths = tuple(checkpoint_file(each).resolve() for each in named)
-    abouts = [path.stat() for path in paths or ()]
-    version = tuple((about.st_mtime_ns, about.st_size, about.st_ino) for about in abouts)
-    captioner = _captioner(paths, version, str(device))
-    settings = {"method": method, "beam_size": beam_size, **decoding}
-    many = list(image) if isinstance(image, (list, tuple)) else [image]
-    found = [
-        [each.text for each in captions] if n > 1 else captions[0].text
-        for captions in captioner.caption_many(many, n=n, **settings)
+        checkpoints = [checkpoint] if isinstance(checkpoint, (str, Path)) else checkpoint
+        paths = tuple(checkpoint_file(each).resolve() for each in checkpoints)
+    stats = [path.stat() for path in paths or ()]
+    version = tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
+    captioner = load_cached(paths, version, str(device))
+    settings = {"n": n, "method": method, "beam_size": beam_size, **decoding}
+    images = list(image) if isinstance(image, (list, tuple)) else [image]
+    captions = [
+        [each.text for each in found] if n > 1 else found[0].text
+        for found in captioner.caption_many(images, **settings)
     ]
-    return found if isinstance(image, (list, tuple)) else found[0]
+    return captions if isinstance(image, (list, tuple)) else captions[0]
+
+
+@functools.lru_cache(maxsize=2)
+def load_cached(paths: tuple[Path, ...] | None, version: tuple, device: str) -> Captioner:
+    """Return the captioner of `paths`; another `version` of the files is another entry."""
+    return Captioner.load(paths, device)
+
+
+# --- the script
 
 
 @dataclass(frozen=True)
 class Config:
     """The flags of this script."""
 
-    photos: tuple[Path, ...]
-    """Pictures, or folders of pictures."""
+    images: tuple[Path, ...]
+    """Images, or folders of images."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     checkpoint: Path | None = None
     """A model file, or the folder of a run (default: the shipped model)."""
     ensemble: tuple[Path, ...] = ()
-    """Several checkpoints, decoded together: the mean of their probabilities decides. Pictures are
-    named before it."""
+    """Several checkpoints that decode together by the mean of their probabilities. Name the images
+    before it."""
     n: int = 1
-    """How many captions a picture."""
+    """Number of captions per image."""
     recursive: bool = True
-    """Of folders, take the pictures in the folders below too."""
+    """Take the images in subfolders too."""
     output: Path | None = None
     """Write the captions to this file (.csv, .jsonl, .html), with their scores (the mean
-    log-probability a word) and errors; if it is there already, go on where it stopped. Needed
-    where torchrun starts several processes, which share the pictures."""
-    format: Literal["csv", "jsonl", "html"] | None = None
-    """Form of --output (default: by its name), or of what is printed (default: plain lines)."""
+    log-probability per word) and errors; an existing file is continued. Required when torchrun
+    starts several processes, which share the images."""
+    format: Literal[results.FORMATS] | None = None
+    """Format of --output (default: by its name), or of what is printed (default: plain lines)."""
     write_sidecar: bool = False
     """Also write the caption of photo.jpg to photo.txt beside it."""
     annotate: Path | None = None
-    """Also write each picture with its caption under it, into this folder."""
+    """Also write a copy of each image with its caption below it into this folder."""
     attention: Path | None = None
-    """Also write a page (.png) of the one picture named, lit for each word where it looked."""
+    """Also write a page (.png) with the attention map of each word, for a single image."""
     json: Path | None = None
-    """Also write the captions to this JSON file (why a picture has none: see --output)."""
+    """Also write the captions to this JSON file, without the images that have none."""
     batch_size: int = 16
-    """Pictures captioned at a time."""
+    """Images per batch."""
     workers: int = 2
-    """Threads that read pictures ahead."""
+    """Threads that read images ahead."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Caption pictures: a line each, or a file of them."""
-    with distributed.join(LONGEST_WAIT):
-        config = distributed.on_main(lambda: configure(argv))
-        work = distributed.on_main(lambda: plan(config))
-        captioner = Captioner.load(
-            named(config.checkpoint, config.ensemble), config.device, **asdict(config.decoding)
-        )
-        failed, error = caption_share(captioner, work, config)
-        if config.attention and not failed:
-            write_attention(captioner, config.photos[0], config.attention)
-        if failed and len(work.photos) == 1 and not work.form:
-            raise error
-        if failed and distributed.is_main():
-            raise UserError(f"{failed} of {len(work.photos)} pictures could not be captioned")
-
-
-def configure(argv: list[str] | None) -> Config:
-    """Return the flags given."""
+    """Caption images: print a line each, or write a file."""
     import tyro
 
     flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
-    return files.parse(flags, argv, program="inference.py", description="Caption pictures.")
+    about = {"program": "inference.py", "description": "Caption images."}
+    with distributed.join(MAX_WAIT):
+        config = distributed.on_main(lambda: files.parse(flags, argv, **about))
+        job = distributed.on_main(lambda: plan_job(config))
+        checkpoints = list_checkpoints(config.checkpoint, config.ensemble)
+        captioner = Captioner.load(checkpoints, config.device, **asdict(config.decoding))
+        failed, error = caption_share(captioner, job, config)
+        (failed,) = distributed.all_reduce_sum([failed])  # from here on all parts are written
+        if config.output and distributed.is_main():
+            results.merge_parts(config.output, job.format, config.n, job.images)
+        if config.attention and not failed:
+            write_attention(captioner, config.images[0], config.attention)
+        if failed and len(job.remaining) == 1 and not job.format:
+            raise error
+        if failed and distributed.is_main():
+            raise UserError(f"{failed:.0f} of {len(job.remaining)} images could not be captioned")
 
 
-class Work(NamedTuple):
-    """What there is to do, for all processes together."""
-
-    every: list[str]  # the pictures named
-    photos: list[str]  # those that have no row yet
-    copies: dict[str, str]  # where --annotate writes
-    form: str | None  # of `results.FORMS`; None: plain lines
-    part: int | None  # the first process's part of the output; None: it writes the file itself
+def list_checkpoints(checkpoint: Path | None, ensemble: Sequence[Path]) -> tuple[Path, ...] | None:
+    """Return the checkpoints that the two flags name, as `Captioner.load` takes them."""
+    return (*filter(None, [checkpoint]), *ensemble) or None
 
 
-def plan(config: Config) -> Work:
-    """Return what there is to do; raises ValueError or OSError where it can't be done."""
+class Job(NamedTuple):
+    """What all processes together have to do."""
+
+    images: list[str]
+    remaining: list[str]  # the images that have no row in --output yet
+    copies: dict[str, str]  # image -> path of its annotated copy
+    format: str | None  # one of `results.FORMATS`; None: plain lines
+
+
+def plan_job(config: Config) -> Job:
+    """Return what there is to do; raises UserError or OSError if it is not possible."""
     if distributed.world_size() > 1:
-        check_alone(config)
+        if config.output is None or files.is_special(config.output):
+            raise UserError("several processes need a file to write captions to; give --output")
+        for name in ("json", "attention"):
+            if getattr(config, name):
+                raise UserError(f"--{name} is written by one process; start it without torchrun")
     files.check_writable(config.json, config.output, config.attention)
-    every = find_photos(config.photos, config.annotate, recursive=config.recursive)
-    if config.attention and len(every) != 1:
-        raise UserError(f"--attention is of one picture, but {len(every)} were named")
-    copies = annotated_places(config.annotate, config.photos, every) if config.annotate else {}
+    images = results.find_images(config.images, config.annotate, recursive=config.recursive)
+    if config.attention and len(images) != 1:
+        raise UserError(f"--attention is of a single image, but {len(images)} were given")
+    copies = {}
+    if config.annotate:
+        copies = results.plan_annotated(config.annotate, config.images, images)
     if config.write_sidecar:
-        check_sidecars(every)
-    form = pick_form(config.output, config.format) if config.output or config.format else None
-    if not config.output:
-        return Work(every, every, copies, form, None)
-    every = list(dict.fromkeys(every))  # a row a picture, however often it is named
-    known = find_known(config.output, form, config.n)
-    photos = [photo for photo in every if photo not in known]
-    part = free_part(config.output, form, config.n, every)
-    return Work(every, photos, copies, form, part if part or distributed.world_size() > 1 else None)
+        results.check_sidecars(images)
+    format, remaining = None, images
+    if config.output or config.format:
+        format = results.pick_format(config.output, config.format)
+    if config.output:
+        images = list(dict.fromkeys(images))  # one row per image, however often it is named
+        known = results.merge_parts(config.output, format, config.n, images)
+        remaining = [image for image in images if image not in known]
+    return Job(images, remaining, copies, format)
 
 
-def check_alone(config: Config) -> None:
-    """Raise ValueError for flags that are not for several processes."""
-    if config.output is None or files.is_special(config.output):
-        raise UserError("several processes need a file to put their captions into; give --output")
-    for name in ("json", "attention"):
-        if getattr(config, name):
-            raise UserError(f"--{name} is written by one process alone; start it without torchrun")
+def caption_share(captioner: Captioner, job: Job, config: Config) -> tuple[int, Exception | None]:
+    """Caption this process's share of the images and write everything that was requested.
 
-
-def caption_share(captioner: Captioner, work: Work, config: Config) -> tuple[int, Exception | None]:
-    """Caption this process's share and write what is asked for.
-
-    Returns how many of all pictures could not be captioned, and why the first of the share
-    couldn't.
+    Returns how many of them failed, and the first one's error. Only errors of reading and writing
+    an image are caught: settings that are wrong for one image are wrong for all.
     """
+    images = distributed.split_by_rank(job.remaining)
+    written, failed, first_error = [], 0, None
     with contextlib.ExitStack() as stack:
-        out = Lines(len(work.photos) > 1 or config.photos[0].is_dir())
-        if config.output:
-            file = config.output
-            if work.part is not None:
-                file = part_file(file, work.part + distributed.rank())
-            out = stack.enter_context(open_results(file, work.form, config.n))
-        elif work.form:
-            out = Results(sys.stdout, work.form, config.n, Path())
-        also = stack.enter_context(json_list(config.json)) if config.json else None
-        failed, error = caption_files(captioner, work, config, out, also)
-    (failed,) = distributed.all_reduce_sum([failed])
-    if work.part is not None and distributed.is_main():
-        merge(find_parts(config.output), config.output, work.form, config.n, work.every)
-    return int(failed), error
+        if job.format:
+            file = config.output or sys.stdout
+            if distributed.world_size() > 1:
+                file = results.part_file(file, distributed.rank())
+            write = stack.enter_context(results.open_results(file, job.format, config.n))
+        else:
+            with_name = len(job.remaining) > 1 or config.images[0].is_dir()
+            write = functools.partial(print_captions, with_name=with_name)
+        sizes = {"n": config.n, "batch_size": config.batch_size, "workers": config.workers}
+        captions = captioner.caption_many(images, return_exceptions=True, **sizes)
+        quiet = None if config.output else True  # printed lines would break a progress bar
+        for image, found in tqdm(
+            zip(images, captions, strict=True), total=len(images), unit=" images", disable=quiet
+        ):
+            result, error = write_files(image, found, job, config)
+            try:
+                write(result)
+            except UserError as bad_name:
+                error = bad_name
+                print(f"left out: {files.one_line(str(error))}", file=sys.stderr)
+            if config.json and result.captions:
+                written.append(result)
+            if error:
+                failed, first_error = failed + 1, first_error or drop_traceback(error)
+    if written:
+        files.write_json(config.json, [result.to_json() for result in written])
+    return failed, first_error
 
 
-def caption_files(
-    captioner: Captioner,
-    work: Work,
-    config: Config,
-    out: Lines | Results,
-    also: Callable[[Any], None] | None,
-) -> tuple[int, Exception | None]:
-    """Caption this process's share of the pictures into `out` and what else is asked for.
-
-    Only reading and writing are forgiven: settings wrong for one picture are wrong for all.
-    """
-    failed, first = 0, None
-    photos = distributed.split_by_rank(work.photos)
-    sizes = {"n": config.n, "batch_size": config.batch_size, "workers": config.workers}
-    captioned = captioner.caption_many(photos, forgiving=True, **sizes)
-    quiet = None if config.output else True  # a bar and printed lines would be in each other's way
-    for photo, captions in tqdm(
-        zip(photos, captioned, strict=True), total=len(photos), unit=" images", disable=quiet
-    ):
-        result, error = beside(photo, captions, work, config)
-        try:
-            out.add(result)
-        except ValueError as broken:  # a name that would break the file's lines costs only itself
-            error = broken
-            print(f"left out: {files.one_line(str(error))}", file=sys.stderr)
-        if also and result.captions:
-            also(as_json(result))
-        if error:
-            failed, first = failed + 1, first or bare(error)
-    return failed, first
-
-
-def beside(
-    photo: str, captions: list[Caption] | Exception, work: Work, config: Config
+def write_files(
+    image: str, captions: list[Caption] | Exception, job: Job, config: Config
 ) -> tuple[Result, Exception | None]:
-    """Write what lies beside or in place of a picture; return its row, and what went wrong."""
-    if isinstance(captions, Exception):
-        return Result(photo, (), files.one_line(files.explain(captions))), captions
+    """Write the annotated copy and the sidecar of an image; return its result and its error."""
+    error = captions if isinstance(captions, Exception) else None
+    captions = () if error else captions
     try:
-        if photo in work.copies:
-            write_annotated(work.copies[photo], photo, captions[0].text)
-        if config.write_sidecar:
-            files.write_text(sidecar(photo), f"{captions[0].text}\n")
-        return Result(photo, captions), None
-    except (ValueError, OSError) as error:
-        return Result(photo, captions, files.one_line(files.explain(error))), error
+        if captions and job.copies:
+            results.write_annotated(job.copies[image], image, captions[0].text)
+        if captions and config.write_sidecar:
+            files.write_text(results.sidecar(image), f"{captions[0].text}\n")
+    except (UserError, OSError) as caught:
+        error = caught
+    return Result(image, captions, files.one_line(files.explain(error)) if error else ""), error
 
 
-def write_attention(captioner: Captioner, photo: Path, path: Path) -> None:
-    """Write the page of what each word of a picture's caption looked at."""
-    (explained,) = captioner.explain(photo)
+def print_captions(result: Result, with_name: bool) -> None:
+    """Print a line per caption, if `with_name` after the image's name; errors go to stderr."""
+    if result.error and with_name:
+        print(f"left out: {result.error}", file=sys.stderr)
+    for each in result.captions:
+        print(f"{result.image}\t{each.text}" if with_name else each.text, flush=True)
+
+
+def write_attention(captioner: Captioner, image: Path, path: Path) -> None:
+    """Write a page of the image's caption with the attention map of each word."""
+    from util import plots  # here, as captions alone need no plots
+
+    (explained,) = captioner.explain(image)
     if explained.attention is None:
         raise UserError(
-            "this model looks at the whole picture at once, so there is no attention to show; use "
-            "a single model with the transformer or attention-lstm decoder"
+            "this model reads the image as one vector, so there is no attention to show; use a "
+            "single model with the transformer or attention-lstm decoder"
         )
-    plots.attention_page(path, read_image(photo), explained.words, explained.attention)
-
-
-def named(checkpoint: Path | None, ensemble: Sequence[Path]) -> tuple[Path, ...] | None:
-    """Return the checkpoints that the flags name, as `Captioner.load` takes them."""
-    return (*filter(None, [checkpoint]), *ensemble) or None
+    plots.attention_page(path, read_image(image), explained.words, explained.attention)
 
 
 if __name__ == "__main__":

@@ -129,5 +129,5 @@ def test_a_file_in_the_place_of_the_folder_is_named(photos, annotate, tmp_path):
 def test_a_bad_picture_costs_only_itself(photos, annotate, tmp_path):
     (photos / "bad.jpg").write_text("no picture")
     code, _, err = annotate(photos, into=tmp_path / "out")
-    assert code == 2 and "1 of 6 pictures could not be captioned" in err
+    assert code == 2 and "1 of 6 images could not be captioned" in err
     assert len(names(tmp_path / "out")) == 5

@@ -41,7 +41,7 @@ def photo(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(captioner):
-    server = app.listen(app.create_app(captioner, max_mb=1), app.Config(port=0))
+    server = app.create_server(app.create_app(captioner, max_mb=1), app.Config(port=0))
 
     def run():
         with contextlib.suppress(OSError):  # it is closed while it waits

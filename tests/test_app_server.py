@@ -39,7 +39,7 @@ def audited():
 @contextlib.contextmanager
 def serving(application, **flags):
     """Yield the port of a real server of the application."""
-    server = app.listen(application, app.Config(port=0, **flags))
+    server = app.create_server(application, app.Config(port=0, **flags))
 
     def run():
         with contextlib.suppress(OSError):  # it is closed while it waits

@@ -11,10 +11,10 @@ import pytest
 from helpers.tiny import picture, run_script, tiny_model
 from PIL import Image
 
+import app
 import inference
-from inference import Captioner, read_ahead
-from util import files
-from util.results import json_list
+from inference import Captioner
+from util.images import read_ahead
 
 
 @pytest.fixture
@@ -40,12 +40,32 @@ def table(path):
         return list(csv.DictReader(file))
 
 
+def test_the_score_is_the_mean_over_the_words_and_the_end(captioner, script, photos, tmp_path):
+    """One definition for CSV, JSON lines, --json, the web page and the Python interface."""
+    caption = captioner.candidates(photos / "01.png")[0]
+    expected = caption.log_prob / (len(caption.text.split()) + 1)
+    flags = [photos / "01.png", "--output"]
+    script(*flags, tmp_path / "a.csv")
+    script(*flags, tmp_path / "a.jsonl", "--json", tmp_path / "a.json")
+    rows = [json.loads((tmp_path / name).read_text()) for name in ("a.jsonl", "a.json")]
+    (page,) = captioner.explain(photos / "01.png")
+    scores = [
+        caption.score,
+        page.score,
+        math.log(app.to_json(page)["probability"]),
+        float(table(tmp_path / "a.csv")[0]["score"]),
+        rows[0]["captions"][0]["score"],
+        rows[1][0]["captions"][0]["score"],
+    ]
+    assert scores == pytest.approx([expected] * 6, abs=2e-4)
+
+
 def test_each_picture_has_a_row_with_captions_scores_or_the_error(
     photos, captioner, script, tmp_path
 ):
     out = tmp_path / "new/captions.csv"
     code, said, err = script(photos, "--output", out, "--n", 2, "--batch-size", 5)
-    assert (code, said) == (2, "") and "1 of 12 pictures could not be captioned" in err
+    assert (code, said) == (2, "") and "1 of 12 images could not be captioned" in err
     rows = table(out)
     assert [row["image"] for row in rows] == sorted(str(p) for p in photos.rglob("*.png"))
     for row in rows:
@@ -85,13 +105,16 @@ def test_a_stopped_file_is_continued_where_it_stopped(
     assert parted.read_bytes() == whole.read_bytes()
 
 
-def test_rows_that_are_there_are_kept_as_they_are(photos, script, tmp_path):
+def test_existing_rows_are_kept_and_sorted_among_the_new_ones(photos, script, tmp_path):
     out = tmp_path / "captions.jsonl"
-    mine = {"image": str(photos / "01.png"), "captions": [], "error": "mine"}
-    out.write_text(json.dumps(mine) + "\n")
+    mine = [
+        {"image": name, "captions": [], "error": "mine"} for name in (str(photos / "01.png"), "x")
+    ]
+    out.write_text("".join(f"{json.dumps(row)}\n" for row in mine))
     script(photos, "--output", out)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows[0] == mine and len({row["image"] for row in rows}) == len(rows) == 12
+    assert rows[0] == mine[1] and mine[0] in rows  # an image that is not among these comes first
+    assert [row["image"] for row in rows[1:]] == sorted(str(p) for p in photos.rglob("*.png"))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +184,9 @@ def test_folders_below_are_taken_unless_told_not_to(photos, script):
 @pytest.mark.parametrize("workers", [0, 3])
 def test_captions_are_the_same_however_many_threads_read(workers, photos, captioner):
     paths = sorted(photos.rglob("*.png"))
-    found = list(captioner.caption_many(paths, workers=workers, batch_size=2, forgiving=True))
+    found = list(
+        captioner.caption_many(paths, workers=workers, batch_size=2, return_exceptions=True)
+    )
     kinds = [type(each) for each in found]
     assert kinds.count(list) == 11 and isinstance(found[paths.index(photos / "05.png")], Exception)
     for path, each in zip(paths, found, strict=True):
@@ -189,36 +214,9 @@ def test_threads_read_no_further_ahead_than_asked():
 def test_the_error_of_a_picture_holds_none_of_its_pixels(photos, captioner, script, tmp_path):
     whole = (photos / "01.png").read_bytes()
     (photos / "05.png").write_bytes(whole[: len(whole) // 2])
-    (error,) = captioner.caption_many([photos / "05.png"], forgiving=True)
+    (error,) = captioner.caption_many([photos / "05.png"], return_exceptions=True)
     assert "05.png" in str(error) and error.__traceback__ is None
     assert error.__cause__ is None and error.__context__ is None
-
-
-def test_json_written_as_values_come_is_what_is_written_at_once(tmp_path):
-    values = [
-        {"image": "a\u2028b\udcff", "captions": [], "score": -0.5},
-        {"é": [1, {}]},
-        "x\ny",
-        [],
-    ]
-    with json_list(tmp_path / "parts.json") as add:
-        for value in values:
-            add(value)
-        assert not (tmp_path / "parts.json").exists()
-    files.write_json(tmp_path / "whole.json", values)
-    assert (tmp_path / "parts.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
-    with json_list(tmp_path / "none.json"):
-        pass
-    assert not (tmp_path / "none.json").exists()
-
-
-def test_json_that_a_fault_breaks_off_leaves_the_file_before(tmp_path):
-    (tmp_path / "a.json").write_text("mine")
-    with pytest.raises(KeyboardInterrupt), json_list(tmp_path / "a.json") as add:
-        add(1)
-        raise KeyboardInterrupt
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
-    assert (tmp_path / "a.json").read_text() == "mine"
 
 
 def test_a_line_break_in_a_name_costs_only_that_picture(photos, script, tmp_path):
@@ -248,7 +246,7 @@ def test_a_page_shows_where_each_word_looked(photos, script, tmp_path):
 
 def test_attention_is_of_one_picture_and_of_a_model_that_has_it(photos, script, tmp_path, capsys):
     code, _, err = script(photos, "--attention", tmp_path / "a.png")
-    assert code == 2 and "--attention is of one picture, but 12 were named" in err
+    assert code == 2 and "--attention is of a single image, but 12 were given" in err
     tiny_model(decoder="lstm").save(tmp_path / "lstm.safetensors")
     code, _, err = run_script(
         inference, photos / "01.png", "--checkpoint", tmp_path / "lstm.safetensors",

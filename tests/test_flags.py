@@ -52,7 +52,7 @@ def test_a_number_that_makes_no_sense_is_refused_by_its_flag(config, name, kind)
     for value in (-1, 10**31, *((math.nan, math.inf, -math.inf) if kind is float else ())):
         if value in SENSIBLE.get(name, ()) or name in LATER.get(config.__module__, ()):
             continue
-        needed = {"photos": ()} if config is inference.Config else {}
+        needed = {"images": ()} if config is inference.Config else {}
         with pytest.raises(ValueError) as error:
             made = config(**{name: value}, **needed)
             if hasattr(made, "validate"):

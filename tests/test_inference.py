@@ -343,7 +343,7 @@ def test_one_bad_photo_among_several_costs_only_itself(captioner, run, photos, t
     assert err.splitlines() == [
         f"left out: {bad} is not an image that can be read (no image format that is known)",
         f"left out: No such file or directory: {lost}",
-        "error: 2 of 4 pictures could not be captioned",
+        "error: 2 of 4 images could not be captioned",
     ]
     assert [row["image"] for row in json.loads(output.read_text())] == list(map(str, good))
 
@@ -360,9 +360,9 @@ def test_a_bad_photo_alone_is_one_line_and_writes_nothing(run, tmp_path, script)
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ((), "no picture was named"),
+        ((), "no image was given"),
         (("nothing",), "No such file or directory: nothing"),
-        (("empty",), "no pictures in the folder empty"),
+        (("empty",), "no images in the folder empty"),
         (("photo.png", "--json", "empty"), "cannot write (Is a directory): empty"),
         (("photo.png", "--json", "photo.png/x"), "cannot write (Not a directory): photo.png/x"),
         (("photo.png", "photo.png", "--n", "2", "--method", "greedy"), "the greedy method has one"),

@@ -213,22 +213,22 @@ def test_a_picture_of_any_mode_can_be_annotated(mode):
     "caption", ["δύο σκυλιά", "два пса", "كلبان يلعبان", "שני כלבים", "été ×½"]
 )
 def test_other_scripts_are_shown(caption):
-    font = plots.font_for(caption, 20)
+    font = plots.pick_font(caption, 20)
     assert Path(font.path).name == "DejaVuSans.ttf"
     assert band(photo(400), caption).min() < 100
 
 
 def test_a_script_that_no_font_has_is_shown_as_boxes(monkeypatch):
-    monkeypatch.setattr(plots, "wide_fonts", list)
+    monkeypatch.setattr(plots, "find_wide_fonts", list)
     assert band(photo(400), "二匹の犬").min() < 100
 
 
 def test_an_installed_font_is_taken_where_it_shows_more(monkeypatch):
-    stix = Path(plots.dejavu()).with_name("STIXGeneral.ttf")
-    only_stix = chr(min(plots.characters(str(stix)) - plots.characters(plots.dejavu())))
-    monkeypatch.setattr(plots, "wide_fonts", lambda: ["missing.ttf", str(stix)])
-    assert Path(plots.font_for(f"a dog {only_stix}", 20).path) == stix
-    assert plots.font_for("a dog", 20).path == plots.dejavu()
+    stix = Path(plots.find_dejavu()).with_name("STIXGeneral.ttf")
+    only_stix = chr(min(plots.read_charmap(str(stix)) - plots.read_charmap(plots.find_dejavu())))
+    monkeypatch.setattr(plots, "find_wide_fonts", lambda: ["missing.ttf", str(stix)])
+    assert Path(plots.pick_font(f"a dog {only_stix}", 20).path) == stix
+    assert plots.pick_font("a dog", 20).path == plots.find_dejavu()
 
 
 # --- wrapping
@@ -236,13 +236,13 @@ def test_an_installed_font_is_taken_where_it_shows_more(monkeypatch):
 
 @pytest.fixture(scope="module")
 def font():
-    return ImageFont.truetype(plots.dejavu(), 20)
+    return ImageFont.truetype(plots.find_dejavu(), 20)
 
 
 @pytest.mark.parametrize("width", [60, 150, 400, 5000])
 def test_wrapped_lines_fit_and_hold_every_letter(width, font):
     text = f"{CAPTION} {'incomprehensibilities' * 3} {CAPTION}"
-    for wrapped in (plots.wrap, plots.balanced):
+    for wrapped in (plots.wrap, plots.balance_lines):
         lines = wrapped(text, font, width)
         assert all(font.getlength(line) <= width for line in lines)
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
@@ -250,19 +250,19 @@ def test_wrapped_lines_fit_and_hold_every_letter(width, font):
 
 def test_words_that_fit_are_not_broken(font):
     for width in (160, 300, 700):
-        assert " ".join(plots.balanced(CAPTION, font, width)) == CAPTION
+        assert " ".join(plots.balance_lines(CAPTION, font, width)) == CAPTION
 
 
 def test_balancing_adds_no_line_and_leaves_no_lone_word(font):
     text = "a man lies on a bench while his dog sits by him"
     width = font.getlength(text) - 1
     assert plots.wrap(text, font, width)[1:] == ["him"]
-    first, second = plots.balanced(text, font, width)
+    first, second = plots.balance_lines(text, font, width)
     assert font.getlength(second) > font.getlength(first) / 2
 
 
 def test_a_combining_mark_stays_with_its_letter(font):
-    pieces = plots.broken("e\u0301" * 60, font, 100)
+    pieces = plots.break_word("e\u0301" * 60, font, 100)
     assert len(pieces) > 3
     assert all(piece.startswith("e") and piece.endswith("\u0301") for piece in pieces)
 
@@ -339,9 +339,9 @@ def test_a_word_lights_what_it_looked_at():
     white = Image.new("RGB", (90, 60), "white")
     look = np.zeros((2, 3))
     look[0, 2] = 0.4
-    pixels = np.asarray(plots.lit(white, look))[..., 0]
+    pixels = np.asarray(plots.highlight(white, look))[..., 0]
     assert pixels[5, 85] > 250 and pixels[50, 5] < 80
-    even = np.asarray(plots.lit(white, np.full((2, 3), 0.2)))
+    even = np.asarray(plots.highlight(white, np.full((2, 3), 0.2)))
     assert even.max() - even.min() <= 1
 
 

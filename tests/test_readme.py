@@ -197,7 +197,7 @@ def ask_page(command: str, home: Path, monkeypatch) -> str:
     for name in ("NO_PROXY", "no_proxy"):
         monkeypatch.setenv(name, "127.0.0.1")
     captioner = inference.Captioner.load(home / "runs/flickr8k", "cpu")
-    server = app.listen(app.create_app(captioner), app.Config(port=0))
+    server = app.create_server(app.create_app(captioner), app.Config(port=0))
     threading.Thread(target=server.run, daemon=True).start()
     try:
         here = command.replace(":8000", f":{server.effective_port}")

@@ -109,7 +109,7 @@ def test_reading_takes_at_most_24_bytes_a_pixel(kind, tmp_path):
     image.save(tmp_path / kind, **how)
     done = subprocess.run(
         [sys.executable, "-c", PEAK, tmp_path / kind],
-        cwd=Path(images.__file__).parent,
+        cwd=Path(images.__file__).parents[1],
         capture_output=True,
         text=True,
     )

@@ -252,7 +252,7 @@ def test_a_damaged_picture_has_a_caption_or_a_reason(count, run, tmp_path):
             paths.append(tmp_path / f"{number}-{name}")
             paths[-1].write_bytes(content)
         with timed(f"pictures {start} to {start + 49}"):
-            found = list(captioner.caption_many(paths, forgiving=True))
+            found = list(captioner.caption_many(paths, return_exceptions=True))
         for path, said in zip(paths, found, strict=True):
             if isinstance(said, Exception):
                 check_refusal(said, path, path.name)

@@ -234,7 +234,7 @@ def test_a_script_says_one_line_of_a_picture_too_large(run, tmp_path, capsys, re
 
 def test_a_batch_is_made_smaller_where_beams_or_pixels_are_many(run, monkeypatch):
     captioner, sizes = Captioner.load(run, "cpu"), []
-    decoded = Captioner._decoded
+    decoded = Captioner._decode
 
     def counting(self, batch, n, config):
         sizes.append(len(batch))
@@ -242,11 +242,11 @@ def test_a_batch_is_made_smaller_where_beams_or_pixels_are_many(run, monkeypatch
 
     pictures = [picture(seed) for seed in range(6)]
     expected = [each[0].text for each in captioner.caption_many(pictures, batch_size=6)]
-    monkeypatch.setattr(Captioner, "_decoded", counting)
-    monkeypatch.setattr(inference, "MOST_ROWS", 10)
+    monkeypatch.setattr(Captioner, "_decode", counting)
+    monkeypatch.setattr(inference, "MAX_ROWS", 10)
     found = captioner.caption_many(pictures, batch_size=10**9)
     assert [each[0].text for each in found] == expected and sizes == [2, 2, 2]
-    monkeypatch.setattr(inference, "MOST_PIXELS", 64 * 64)
+    monkeypatch.setattr(inference, "MAX_PIXELS", 64 * 64)
     found = captioner.caption_many(pictures, batch_size=10**9)
     assert [each[0].text for each in found] == expected and sizes[3:] == [1] * 6
 
