@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from decoder import DecoderConfig
 from encoder import EncoderConfig
-from model import checkpoint_file, read_checkpoint
+from model import read_metadata
 from readers import DATASETS
 from util import distributed, files
 from util.files import UserError
@@ -304,9 +304,10 @@ def as_restarted(config: Config) -> Config:
 
 def read_sizes(checkpoint: Path) -> dict[str, Any]:
     """Return the flags that the model of a checkpoint was built with: its CNN and its decoder."""
-    about, _ = read_checkpoint(checkpoint_file(checkpoint))
     known = {item.name for part in (EncoderConfig, DecoderConfig) for item in fields(part)}
-    return {name: value for name, value in about["model"].items() if name in known}
+    return {
+        name: value for name, value in read_metadata(checkpoint)["model"].items() if name in known
+    }
 
 
 def read_run(folder: Path) -> dict[str, Any]:

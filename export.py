@@ -1,7 +1,5 @@
-"""A model in another form: a small file to share (`python export.py RUN model.safetensors`), or
-ONNX graphs for other programs (`python export.py RUN model.onnx`).
-
-B images · K beams · V vocabulary
+"""Write a model in another form: a small file to share (`python export.py RUN model.safetensors`),
+or ONNX graphs for other programs (`python export.py RUN model.onnx`).
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model import CaptionModel, checkpoint_file, mean_model, read_checkpoint
+from model import CaptionModel, mean_model, read_metadata
 from onnx_model import write_onnx
 from util import files
 from util.files import UserError
@@ -22,47 +20,48 @@ class Config:
     checkpoint: Path
     """A model file, or the folder of a run."""
     output: Path
-    """File to write: .safetensors with matrices in float16, half the size of what training saves;
-    every script loads it like any other. Or .onnx, the graph from pixels to the state before the
-    first word; the graph of a step goes beside it, as .step.onnx."""
+    """File to write. A .safetensors file has its matrices in float16: it is half as large as what
+    train.py saves, and every script loads it. A .onnx file holds the graph from pixels to the
+    state before the first word; the graph of one step is written beside it, as .step.onnx."""
     average: tuple[Path, ...] = ()
     """More checkpoints, of runs that began with the same weights: the mean of all is written (name
-    one twice for twice its share)."""
+    one twice to count it twice)."""
 
 
-def export(checkpoint: Path, output: Path, average: Sequence[Path] = ()) -> list[Path]:
-    """Write the model of a checkpoint in the form that `output` ends in; return the files.
-
-    With `average` it is the mean of all the checkpoints. Raises ValueError on an unknown form.
-    """
-    if output.suffix not in FORMS:
-        raise UserError(f"{output} names no form that is known; end it in {' or '.join(FORMS)}")
-    about, _ = read_checkpoint(checkpoint_file(checkpoint))
-    story = {key: about[key] for key in ("scores", "training") if key in about}
-    if average:  # the scores are not the mean's
-        stories = [read_checkpoint(checkpoint_file(each))[0].get("training") for each in average]
-        story = {"training": {"mean_of": [story.get("training"), *stories]}}
-    model = mean_model([CaptionModel.load(each) for each in (checkpoint, *average)])
-    return FORMS[output.suffix](model, output, story)
-
-
-def write_small(model: CaptionModel, output: Path, story: dict[str, Any]) -> list[Path]:
-    """Write the model with its matrices in float16, and its `story`: scores, how it was trained."""
-    model.save(output, half=True, **story)
+def write_half(model: CaptionModel, output: Path, training_info: dict[str, Any]) -> list[Path]:
+    """Write the model file with matrices in float16, and `training_info` in its header."""
+    model.save(output, half=True, **training_info)
     return [output]
 
 
-# --- ONNX
-
-
 FORMS: dict[str, Callable[[CaptionModel, Path, dict[str, Any]], list[Path]]] = {
-    ".safetensors": write_small,
+    ".safetensors": write_half,
     ".onnx": write_onnx,
 }
 
 
+def export(checkpoint: Path, output: Path, average: Sequence[Path] = ()) -> list[Path]:
+    """Write the model of a checkpoint in the form that the suffix of `output` names.
+
+    With `average` it is the mean of all the checkpoints. Returns the files written; raises
+    UserError where the suffix is not known.
+    """
+    if output.suffix not in FORMS:
+        raise UserError(f"{output} has no known suffix; end it in {' or '.join(FORMS)}")
+    checkpoints = [checkpoint, *average]
+    headers = [read_metadata(each) for each in checkpoints]
+    if average:  # no scores: they are of the single models
+        training_info = {"training": {"mean_of": [each.get("training") for each in headers]}}
+    else:
+        training_info = {
+            key: headers[0][key] for key in ("scores", "training") if key in headers[0]
+        }
+    model = mean_model([CaptionModel.load(each) for each in checkpoints])
+    return FORMS[output.suffix](model, output, training_info)
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Export a model and say how large its files are."""
+    """Export a model and print the sizes of its files."""
     import tyro
 
     flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)

@@ -24,7 +24,7 @@ from encoder import Encoder, build_encoder, get_backbone, image_transform
 from evaluate import print_scores, score_split
 from features import FeatureCache, cached_features
 from losses import Rewards
-from model import CaptionModel, checkpoint_file, read_checkpoint
+from model import CaptionModel, read_metadata
 from readers import Record, Records, SplitMissingError, data_folder, keep_readable, load_split
 from streaming import stream_loader
 from trainer import Trainer
@@ -318,7 +318,7 @@ def training_facts(config: Config) -> dict[str, Any]:
     for name in ("data_dir", "cache_dir", "output", "resume", "device", "workers"):
         del flags[name]
     if begun := flags["init_from"]:  # its own story in place of its path
-        flags["init_from"] = read_checkpoint(checkpoint_file(begun))[0].get("training")
+        flags["init_from"] = read_metadata(begun).get("training")
     return {**flags, "cnn_weights": Path(flags["cnn_weights"]).name}
 
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 import export
 from inference import Captioner
-from model import CaptionModel, read_checkpoint
+from model import CaptionModel, read_metadata
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_batchnorm_and_what_float16_cannot_hold_stay_in_float32(tmp_path):
 
 def test_scores_and_training_go_along(checkpoint, tmp_path):
     export.export(checkpoint, tmp_path / "small.safetensors")
-    about, _ = read_checkpoint(tmp_path / "small.safetensors")
+    about = read_metadata(tmp_path / "small.safetensors")
     assert about["scores"] == {"CIDEr": 0.5} and about["training"] == {"epochs": 3}
 
 
@@ -65,7 +65,7 @@ def test_the_mean_of_several_checkpoints_is_written(checkpoint, tmp_path, capsys
         if tensor.is_floating_point():
             expected = (2 * first.state_dict()[name] + second.state_dict()[name]) / 3
             torch.testing.assert_close(tensor, expected, atol=5e-3, rtol=2e-3)
-    about, _ = read_checkpoint(mean)
+    about = read_metadata(mean)
     assert "scores" not in about
     assert [each["epochs"] for each in about["training"]["mean_of"]] == [3, 4, 3]
 

@@ -15,7 +15,7 @@ from decoder import DECODERS, DecoderConfig
 from decoding import beam_search
 from encoder import Encoder
 from losses import cross_entropy
-from model import CaptionModel, checkpoint_file, count_positions, read_checkpoint
+from model import CaptionModel, checkpoint_file, count_positions, read_metadata
 from util import files
 from vocabulary import END, PAD, START, Vocabulary
 
@@ -93,6 +93,16 @@ def test_a_loaded_model_says_what_the_saved_one_said(model, tmp_path):
     assert (loaded.encoder.name, loaded.encoder.trained) == ("tiny", "all")
 
 
+def test_metadata_is_read_without_a_tensor(saved, monkeypatch):
+    def fail(*_):
+        raise AssertionError("tensors were read")
+
+    monkeypatch.setattr("safetensors.torch.load_file", fail)
+    assert read_metadata(saved.parent)["scores"] == {"CIDEr": 0.5}
+    with pytest.raises(AssertionError, match="tensors were read"):
+        CaptionModel.load(saved)
+
+
 def test_a_runs_folder_is_loaded_as_its_file(saved):
     assert checkpoint_file(saved.parent) == checkpoint_file(str(saved)) == saved
     assert_same(CaptionModel.load(saved.parent), CaptionModel.load(saved))
@@ -100,18 +110,19 @@ def test_a_runs_folder_is_loaded_as_its_file(saved):
 
 def test_a_loaded_model_saved_again_is_the_same(saved, tmp_path):
     CaptionModel.load(saved).save(tmp_path / "again", scores={"CIDEr": 0.5})
-    (about, tensors), (header, again) = read_checkpoint(saved), read_checkpoint(tmp_path / "again")
-    assert about == header and tensors.keys() == again.keys()
+    assert read_metadata(tmp_path / "again") == read_metadata(saved)
+    again, tensors = load_file(tmp_path / "again"), load_file(saved)
+    assert again.keys() == tensors.keys()
     assert all(torch.equal(tensor, again[key]) for key, tensor in tensors.items())
 
 
-def test_what_is_said_of_a_model_is_in_its_header_and_cannot_replace_the_model(tmp_path):
+def test_metadata_is_in_the_header_and_cannot_replace_the_model(tmp_path):
     path = tmp_path / "model.safetensors"
     build().save(path, scores={"CIDEr": 0.5}, words="犬", format="another", vocabulary=["x"])
-    about, _ = read_checkpoint(path)
-    assert about["scores"] == {"CIDEr": 0.5} and about["words"] == "犬"
+    metadata = read_metadata(path)
+    assert metadata["scores"] == {"CIDEr": 0.5} and metadata["words"] == "犬"
     assert CaptionModel.load(path).vocabulary.words[4:] == KNOWN
-    assert about["model"]["d_model"] == SIZES["d_model"]
+    assert metadata["model"]["d_model"] == SIZES["d_model"]
 
 
 def test_the_tied_embedding_is_stored_once(saved):
@@ -121,9 +132,9 @@ def test_the_tied_embedding_is_stored_once(saved):
 
 def rewritten(saved, change):
     """Save the file again after `change(header, tensors)`; header values are JSON."""
-    about, tensors = read_checkpoint(saved)
-    change(about, tensors)
-    save_file(tensors, saved, {key: json.dumps(value) for key, value in about.items()})
+    metadata, tensors = read_metadata(saved), load_file(saved)
+    change(metadata, tensors)
+    save_file(tensors, saved, {key: json.dumps(value) for key, value in metadata.items()})
     return saved
 
 
@@ -140,7 +151,9 @@ def test_weights_stored_in_half_precision_are_loaded_as_float32(saved):
 
 
 def test_a_size_that_an_older_file_does_not_name_has_its_default(saved):
-    older = CaptionModel.load(rewritten(saved, lambda about, _: about["model"].pop("dropout")))
+    older = CaptionModel.load(
+        rewritten(saved, lambda metadata, _: metadata["model"].pop("dropout"))
+    )
     assert older.config.dropout == DecoderConfig().dropout
 
 
@@ -300,11 +313,11 @@ def test_another_programs_safetensors_are_named(tmp_path, metadata):
 
 
 def forget(key):
-    return lambda about, _: about.pop(key)
+    return lambda metadata, _: metadata.pop(key)
 
 
 def describe(**changes):
-    return lambda about, _: about["model"].update(changes)
+    return lambda metadata, _: metadata["model"].update(changes)
 
 
 @pytest.mark.parametrize(
@@ -328,9 +341,9 @@ def test_a_header_that_this_version_cannot_build_is_explained(saved, change, mes
 @pytest.mark.parametrize(
     "change",
     [
-        lambda about, tensors: tensors.pop("decoder.embedding.weight"),
-        lambda about, tensors: tensors.update(more=torch.zeros(1)),
-        lambda about, tensors: about["vocabulary"].append("cat"),
+        lambda metadata, tensors: tensors.pop("decoder.embedding.weight"),
+        lambda metadata, tensors: tensors.update(more=torch.zeros(1)),
+        lambda metadata, tensors: metadata["vocabulary"].append("cat"),
         describe(d_model=48),
         describe(img_size=128),
         describe(cnn_backbone="resnet18"),
@@ -338,7 +351,7 @@ def test_a_header_that_this_version_cannot_build_is_explained(saved, change, mes
 )
 def test_weights_that_do_not_fit_their_header_are_named_in_a_few_words(saved, change):
     with pytest.raises(
-        ValueError, match=r"best.safetensors has other weights than it says"
+        ValueError, match=r"best.safetensors has other weights than its header says"
     ) as error:
         CaptionModel.load(rewritten(saved, change))
     assert len(files.explain(error.value)) < 500 + len(str(saved))

@@ -18,7 +18,7 @@ from decoder import DecoderConfig
 from decoding import NEVER, sample
 from encoder import Encoder
 from losses import OVER, Rewards, leave_one_out, reference_words
-from model import CaptionModel, read_checkpoint
+from model import CaptionModel, read_metadata
 from readers import Record
 from trainer import Trainer, without_dropout
 from vocabulary import END, PAD, Vocabulary
@@ -261,7 +261,7 @@ def test_a_run_can_begin_with_another_model(drawn, whole, tmp_path):
     assert after.config.dropout == 0.3
     for name, tensor in before.state_dict().items():
         torch.testing.assert_close(tensor, after.state_dict()[name], atol=1e-5, rtol=1e-5)
-    about, _ = read_checkpoint(folder / "best.safetensors")
+    about = read_metadata(folder)
     assert about["training"]["init_from"]["epochs"] == 2
     assert str(whole) not in str(about)
     assert np.isfinite(float(rows(folder)[0]["CIDEr"]))

@@ -11,13 +11,13 @@ import pytest
 import torch
 from helpers.tiny import METHODS, picture, run_script, tiny_model
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import inference
 from encoder import build_encoder
 from features import FeatureCache
 from inference import Captioner
-from model import MAX_HEADER, CaptionModel, read_checkpoint
+from model import MAX_HEADER, CaptionModel, read_metadata
 from util.checkpoints import load_state
 
 
@@ -87,7 +87,7 @@ def test_code_in_a_file_never_runs(load, name, way, tmp_path):
 def whole(tmp_path_factory) -> tuple[dict, dict]:
     path = tmp_path_factory.mktemp("whole") / "best.safetensors"
     tiny_model(decoder="lstm").save(path)
-    return read_checkpoint(path)
+    return read_metadata(path), load_file(path)
 
 
 def rewritten(whole, path: Path, sizes=None, tensors=None, **about) -> Path:
@@ -130,7 +130,7 @@ SIZES = [
 @pytest.mark.parametrize(("key", "value"), SIZES)
 def test_absurd_sizes_are_refused_in_a_line(key, value, whole, tmp_path, thrifty):
     path = rewritten(whole, tmp_path / "best.safetensors", sizes={key: value})
-    refused = r"best\.safetensors (does not describe a model|has other weights than it says)"
+    refused = r"best\.safetensors (does not describe a model|has other weights than its header says)"
     with pytest.raises(ValueError, match=refused) as caught:
         CaptionModel.load(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + len(str(path))
@@ -162,9 +162,9 @@ def test_more_words_or_other_shapes_than_the_file_holds_are_refused(whole, tmp_p
         ({"sizes": {"fc_dim": 65536}}, r"expected \(262144, 16"),
         ({"sizes": {"n_decode": 128}}, "lacks decoder.* more"),
         ({"sizes": {"decoder": "transformer", "n_decode": 128}}, "lacks decoder.* more"),
-        ({"tensors": {"x" * 5000: torch.zeros(1)}}, "has 'x{99}' besides, and 0 more"),
+        ({"tensors": {"x" * 5000: torch.zeros(1)}}, "has an unknown 'x{99}', and 0 more"),
     ]:
-        with pytest.raises(ValueError, match=f"other weights than it says: .*{said}"):
+        with pytest.raises(ValueError, match=f"other weights than its header says: .*{said}"):
             CaptionModel.load(rewritten(whole, path, **change))
 
 
