@@ -1,165 +1,25 @@
-"""The flags of `train.py`: fields, presets, defaults of each dataset."""
+"""The flags of `train.py`: a field is a flag, a line of `--help` and an entry of config.json.
 
+A value comes from the first of these that has one: the command line, the run that `--resume` goes
+on with, the model that `--init-from` names, the preset, the dataset's defaults, the field itself.
+"""
+
+import argparse
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+import sys
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from decoder import DecoderConfig
-from encoder import EncoderConfig
+from encoder import BACKBONES, EncoderConfig
+from losses import OBJECTIVES
 from model import read_metadata
 from readers import DATASETS
 from util import distributed, files
-from util.files import UserError
+from util.files import IDENTITY, UserError
 
-# What AdamW makes of a rate must be a float32. Weights are no numbers long before that.
-MOST_RATE = 1e30
-
-
-MOST_SAMPLES = 1000  # of one image, which bounds the memory it takes
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How the weights change."""
-
-    epochs: int = 10
-    """Passes over the training images."""
-    batch_size: int = 32
-    """Images a step, each with all its captions; several processes share them."""
-    accumulate: int = 1
-    """Parts that a process works through its share of a step in, to take less memory."""
-    scst_epochs: int = 0
-    """After these, passes that make sampled captions with a high CIDEr-D likelier (self-critical
-    training), from the best model so far."""
-    lr: float = 6e-4
-    """Peak learning rate of the decoder."""
-    scst_lr: float = 5e-5
-    """The same in self-critical training (the CNN's is lowered in proportion)."""
-    scst_samples: int = 5
-    """Captions drawn of an image; each is compared with the mean of the others."""
-    scst_bleu: float = 0.0
-    """Weight of BLEU-4 beside CIDEr-D in what they are rewarded for."""
-    cnn_lr: float = 1e-5
-    """Peak learning rate of the CNN's last stages (--finetune-cnn)."""
-    warmup: float = 0.05
-    """Share of the steps in which the learning rate rises; it falls to 0 as a cosine after."""
-    weight_decay: float = 0.01
-    """AdamW's decay of weight matrices."""
-    label_smoothing: float = 0.1
-    """Share of the target spread over all words."""
-    attention_penalty: float = 1.0
-    """Weight of the penalty for parts of the image not looked at (attention-lstm)."""
-    grad_clip: float = 1.0
-    """Largest norm of the gradient (0: no limit)."""
-    ema: float = 0.998
-    """Decay of the average of weights that is evaluated and saved (0: no average); in
-    self-critical training all weights since its beginning count alike."""
-    patience: int = 5
-    """Stop after this many epochs without a better validation CIDEr (0: never)."""
-    seed: int = 0
-    """Seed of weights, order, dropout and augmentation."""
-    output: Path | None = None
-    """Folder of the run (default: runs/DATASET, with a number if that is taken)."""
-    init_from: Path | None = None
-    """Begin with the weights, words and sizes of this model: a model file, or a run's folder."""
-    resume: bool = False
-    """Go on with the run in --output where it stopped, with its flags."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
-    amp: bool = True
-    """Mixed precision (bfloat16) where the device is made for it: GPUs, CPUs with AVX512-BF16."""
-    compile: bool = False
-    """Compile the model first (torch.compile): a minute or more, then faster steps on a GPU."""
-
-    def __post_init__(self) -> None:
-        least = {"epochs": 0, "batch_size": 1, "accumulate": 1, "scst_epochs": 0,
-                 "scst_samples": 2, "scst_bleu": 0, "grad_clip": 0, "weight_decay": 0,
-                 "patience": 0}  # fmt: skip
-        for name, low in least.items():
-            if not getattr(self, name) >= low:  # false for NaN too
-                raise UserError(f"{_flag(name)} {getattr(self, name)} must be at least {low}")
-        for name in ("weight_decay", "scst_bleu", "attention_penalty"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UserError(
-                    f"{_flag(name)} {getattr(self, name)} must be at least 0 and finite"
-                )
-        if self.scst_samples > MOST_SAMPLES:
-            raise UserError(f"--scst-samples {self.scst_samples} must be at most {MOST_SAMPLES:,}")
-        self._check_rates()
-        if not self.epochs and not (self.scst_epochs and (self.init_from or self.resume)):
-            raise UserError(
-                "--epochs 0 leaves nothing to train; it is for --scst-epochs with --init-from"
-            )
-        for name in ("warmup", "label_smoothing", "ema"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(
-                    f"{_flag(name)} {getattr(self, name)} must be at least 0 and below 1"
-                )
-
-    def _check_rates(self) -> None:
-        for name in ("lr", "cnn_lr", "scst_lr"):
-            if not 0 < getattr(self, name) <= MOST_RATE:
-                raise UserError(
-                    f"{_flag(name)} {getattr(self, name)} must be above 0 and at most {MOST_RATE:g}"
-                )
-        if self.scst_epochs and self.cnn_lr * (self.scst_lr / self.lr) > MOST_RATE:
-            raise UserError(
-                f"--cnn-lr {self.cnn_lr} times --scst-lr {self.scst_lr} / --lr {self.lr} must be "
-                f"at most {MOST_RATE:g}: it is the CNN's learning rate in self-critical training"
-            )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-# A slip of the keyboard shall not fill a disk with views, or start a process for each image.
-MOST_VIEWS, MOST_WORKERS = 1000, 1024
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is learned from."""
-
-    dataset: Literal[tuple(DATASETS)] = "flickr8k"
-    """What to learn from; shapes is drawn by the project itself, shards are tar files as
-    features.py --shards writes them."""
-    data_dir: str | None = None
-    """Folder of the dataset's own files (default: data/DATASET); of shards, or their address."""
-    split_seed: int = 0
-    """Seed of the split where the dataset has none of its own."""
-    train_fraction: float = 1.0
-    """Share of the training images to use, for quick trials."""
-    limit: int | None = None
-    """Use only this many images of each split, for quick trials."""
-    min_count: int = 4
-    """Words that come less often in the training captions are unknown."""
-    augment: bool = True
-    """Where the CNN is trained: random crops, and mirroring of what has no left or right."""
-    cache_dir: Path = Path("data/cache")
-    """Where the features of a frozen CNN are kept."""
-    views: int = 1
-    """Views of each training image that the cache keeps: 1 the image alone, 2 mirrored too, more:
-    random parts, every other one mirrored. Training sees one of them by chance each epoch. For
-    Flickr8k the default is 2."""
-    workers: int = 2
-    """Processes that read images."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("limit", 1), ("min_count", 1), ("views", 1), ("workers", 0)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-        for name, most in (("views", MOST_VIEWS), ("workers", MOST_WORKERS)):
-            if getattr(self, name) > most:
-                raise UserError(f"--{name} {getattr(self, name)} must be at most {most:,}")
-        if not 0 < self.train_fraction <= 1:
-            raise UserError(f"--train-fraction {self.train_fraction} must be above 0 and at most 1")
-
-
-# Known models as flags. What a preset says wins over the dataset's defaults, flags win over it.
-# The classics see images as their papers do: one view of the backbone's own size.
+# Known models. The classics take images of the backbone's own size (img_size None), in one view.
 CLASSIC = {"img_size": None, "views": 1}
 PRESETS: dict[str, dict[str, Any]] = {
     "resnet-transformer": {},
@@ -176,43 +36,26 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fc_dim": 512, "n_decode": 1, "dropout": 0.5,
     },
 }  # fmt: skip
-# What a dataset changes of the fields' defaults; flags and presets win over it.
+
 DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
-    # A finer grid, and mirrored images: few photographs, and a cache of 5 GB has room. COCO's would
-    # take 93 GB.
+    # A finer grid of positions, and mirrored images: Flickr8k has few images, and a cache of 5 GB
+    # is no burden. COCO's would take 93 GB.
     "flickr8k": {"img_size": 320, "views": 2},
+    # No dropout: the drawings do not repeat, so there is nothing to overfit, and dropout blurs how
+    # objects lie to each other.
     "shapes": {
-        "cnn_backbone": "tiny",
-        "cnn_weights": "none",
-        "augment": False,
-        "d_model": 64,
-        "n_decode": 2,
-        "n_head": 4,
-        "fc_dim": 256,
-        "dropout": 0.0,  # drawings are endless: nothing to overfit, and dropout blurs relations
-        "epochs": 6,
-        "batch_size": 16,
-        "lr": 3e-3,
-        "min_count": 1,
-        "label_smoothing": 0.0,
-        "workers": 0,
+        "cnn_backbone": "tiny", "cnn_weights": "none", "augment": False, "d_model": 64,
+        "n_decode": 2, "n_head": 4, "fc_dim": 256, "dropout": 0.0, "epochs": 6, "batch_size": 16,
+        "lr": 3e-3, "min_count": 1, "label_smoothing": 0.0, "workers": 0,
     },
-}
-
-
-# What makes a model another one: --resume refuses to change it.
-IDENTITY = (
-    "preset", "dataset", "min_count", "split_seed", "train_fraction", "limit", "cnn_backbone",
-    "img_size", "grid", "finetune_cnn", "decoder", "d_model", "n_decode", "n_head", "fc_dim",
-    "seq_len", "tie_weights",
-)  # fmt: skip
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PresetConfig:
     """A known model."""
 
-    preset: Literal[tuple(PRESETS)] = "resnet-transformer"
+    preset: Literal[tuple(PRESETS)] = field(default="resnet-transformer", metadata=IDENTITY)
     """Sets the flags of a model: resnet-transformer (this project's own: ResNet-50, transformer),
     show-and-tell (arXiv 1411.4555: Inception-v3, LSTM), cnn-rnn (as image-captioning courses
     teach it: frozen ResNet-50, LSTM, on COCO), show-attend-tell (arXiv 1502.03044: ResNet-101,
@@ -220,8 +63,93 @@ class PresetConfig:
 
 
 @dataclass(frozen=True)
+class DataConfig:
+    """The images and captions to train on."""
+
+    dataset: Literal[tuple(DATASETS)] = field(default="flickr8k", metadata=IDENTITY)
+    """The kind of dataset; shapes is drawn by the project itself, csv is any table of captions,
+    shards are tar files as features.py --shards writes them."""
+    data_dir: str | None = None
+    """Folder of the dataset's own files; of shards, also their address."""
+    split_seed: int = field(default=0, metadata=IDENTITY)
+    """Seed of the split where the dataset has none of its own."""
+    train_fraction: float = field(default=1.0, metadata=IDENTITY)
+    """Share of the training images to use, for quick trials."""
+    limit: int | None = field(default=None, metadata=IDENTITY)
+    """Use only this many images of each split, for quick trials."""
+    min_count: int = field(default=4, metadata=IDENTITY)
+    """Words that come less often in the training captions are unknown."""
+    augment: bool = True
+    """Where the CNN is trained: random crops, and mirrored images unless a caption says left or
+    right."""
+    cache_dir: Path = Path("data/cache")
+    """Folder of the features of a frozen CNN."""
+    views: int = 1
+    """Views of each training image in the cache: 1 the image alone, 2 the mirrored image too, more:
+    random crops, every other one mirrored. Each epoch uses one of them, chosen at random."""
+    workers: int = 2
+    """Processes that read images."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The optimisation."""
+
+    epochs: int = 10
+    """Passes over the training images."""
+    objective: Literal[tuple(OBJECTIVES)] = "cross-entropy"
+    """What these epochs minimise."""
+    batch_size: int = 32
+    """Images in a step, each with all its captions; several processes share them."""
+    accumulate: int = 1
+    """Micro-batches that a process divides its share of a step into, to take less memory."""
+    scst_epochs: int = 0
+    """Epochs of self-critical training after these, from the best model so far: it makes sampled
+    captions with a high CIDEr-D more probable."""
+    lr: float = 6e-4
+    """Peak learning rate of the decoder."""
+    scst_lr: float = 5e-5
+    """The same in self-critical training (the CNN's is lowered in proportion)."""
+    scst_samples: int = 5
+    """Captions sampled for each image; each is compared with the mean of the others."""
+    scst_bleu: float = 0.0
+    """Weight of BLEU-4 beside CIDEr-D in the reward."""
+    cnn_lr: float = 1e-5
+    """Peak learning rate of the CNN's last stages (--finetune-cnn)."""
+    warmup: float = 0.05
+    """Share of the steps in which the learning rate rises; after them it falls to 0 as a cosine."""
+    weight_decay: float = 0.01
+    """AdamW's decay of weight matrices."""
+    label_smoothing: float = 0.1
+    """Share of the target's probability spread over all words."""
+    attention_penalty: float = 1.0
+    """Weight of the penalty for image positions without attention (attention-lstm)."""
+    grad_clip: float = 1.0
+    """Largest norm of the gradient (0: no limit)."""
+    ema: float = 0.998
+    """Decay of the average of weights that is evaluated and saved (0: no average); in
+    self-critical training it is the mean of all weights since its start."""
+    patience: int = 5
+    """Stop after this many epochs without a better validation CIDEr (0: never)."""
+    seed: int = 0
+    """Seed of weights, order, dropout and augmentation."""
+    output: Path | None = None
+    """Folder of the run; if none is given, runs/DATASET, with a number if that is taken."""
+    init_from: Path | None = None
+    """Start from the weights, words and sizes of this model: a model file, or a run's folder."""
+    resume: bool = False
+    """Go on with the run in --output where it stopped, with its flags."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    amp: bool = True
+    """Mixed precision (bfloat16) where the device is made for it: GPUs, CPUs with AVX512-BF16."""
+    compile: bool = False
+    """Compile the model first (torch.compile): a minute or more, then faster steps on a GPU."""
+
+
+@dataclass(frozen=True)
 class Config:
-    """All flags: one field is one flag and one entry of config.json."""
+    """All flags."""
 
     preset: PresetConfig = field(default_factory=PresetConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -230,94 +158,168 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """Return the flags by name, paths as text."""
+def flatten(config: Config) -> dict[str, Any]:
+    """Return the flags by name, paths as text: the content of config.json."""
     return {
         name: str(value) if isinstance(value, Path) else value
-        for part in asdict(config).values()
-        for name, value in part.items()
+        for group in asdict(config).values()
+        for name, value in group.items()
     }
 
 
-def updated(config: Config, changes: dict[str, Any]) -> Config:
-    """Return `config` with the flags in `changes`; unknown names are ignored (older runs)."""
-    parts = {}
-    for part in fields(config):
-        old = getattr(config, part.name)
-        known = {item.name: item.type for item in fields(old)}
-        new = {name: changes[name] for name in known if name in changes}
-        for name, value in new.items():
-            if "Path" in str(known[name]) and value is not None:
-                new[name] = Path(value)
-        parts[part.name] = replace(old, **new)
-    return Config(**parts)
+def unflatten(values: dict[str, Any]) -> Config:
+    """Return the configuration with these flags; other names are ignored (of other versions)."""
+    groups = {}
+    for group in fields(Config):
+        types = get_type_hints(group.type)
+        known = {name: values[name] for name in types if name in values}
+        for name, value in known.items():
+            if types[name] in (Path, Path | None) and value is not None:
+                known[name] = Path(value)
+        groups[group.name] = group.type(**known)
+    return Config(**groups)
 
 
 def configure(argv: list[str] | None) -> Config:
-    """Return the flags given, over a resumed run's, the preset's, the dataset's and defaults."""
-
-    def read(default: Config) -> Config:
-        described = "Train an image captioner; --dataset shapes needs no download."
-        return files.parse(Config, argv, program="train.py", description=described, default=default)
-
-    preset = PRESETS[read(Config()).preset.preset]
-    given = as_restarted(read(updated(Config(), preset)))
-    changes = DATASET_DEFAULTS.get(given.data.dataset, {}) | preset
-    begun = read_sizes(given.train.init_from) if given.train.init_from else {}
-    changes |= begun
-    stored: dict[str, Any] = {}
-    if given.train.resume:
-        stored = read_run(given.train.output or Path("runs") / given.data.dataset)
-        changes = stored
-    config = as_restarted(read(updated(Config(), changes)))
-    config.decoder.validate()
-    for name in begun.keys() - {"dropout"}:
-        if (now := flat(config)[name]) != begun[name]:
-            raise UserError(
-                f"--{name.replace('_', '-')} {now} differs from the {begun[name]} of "
-                f"{config.train.init_from}; --init-from keeps a model's sizes"
-            )
-    for name in IDENTITY if stored else ():
-        # A run begun before there was such a flag has its default.
-        now, then = flat(config)[name], stored.get(name, flat(Config())[name])
-        if now != then:
-            raise UserError(
-                f"--{name.replace('_', '-')} {now} differs from the run's {then}; a resumed run "
-                "keeps it, start a new one with another --output"
-            )
-    config.encoder.validate()
+    """Return the configuration of a command line; raises UserError where it makes no sense."""
+    chosen = read_selectors(argv)
+    stored = read_run(chosen) if chosen.resume else {}
+    model = read_sizes(Path(chosen.init_from)) if chosen.init_from and not stored else {}
+    defaults = unflatten(default_values(chosen) | model | stored)
+    config = files.parse(
+        Config, argv, program="train.py", default=defaults,
+        description="Train an image captioner; --dataset shapes needs no download. The defaults "
+        "shown are those of the chosen preset and dataset.",
+    )  # fmt: skip
+    check_same(config, unflatten(default_values(chosen) | stored) if stored else None, model)
+    if chosen.restarted:
+        config = unflatten(flatten(config) | {"resume": True})
+    validate(config)
     return config
 
 
-def as_restarted(config: Config) -> Config:
-    """Return the flags, with --resume where torchrun has started the run's processes anew.
-
-    Raises ValueError where they would not find their run again.
-    """
-    output = config.train.output
-    if distributed.may_restart() and not output:
+def read_selectors(argv: list[str] | None) -> argparse.Namespace:
+    """Return the flags that decide what the defaults of the others are; nothing is checked yet."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("preset", "dataset", "cnn-backbone", "output", "init-from"):
+        names = dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"])
+        parser.add_argument(*names, nargs="?")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
+    chosen, _ = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if distributed.may_restart() and not chosen.output:
         raise UserError("--max-restarts needs --output: a run that is restarted must be found")
-    if distributed.restarted() and (output / "config.json").exists():
-        return replace(config, train=replace(config.train, resume=True))
-    return config
+    # torchrun has started this process in place of one that died: its run goes on.
+    chosen.restarted = distributed.restarted() and Path(chosen.output, "config.json").exists()
+    chosen.resume = chosen.resume or chosen.restarted
+    return chosen
 
 
-def read_sizes(checkpoint: Path) -> dict[str, Any]:
-    """Return the flags that the model of a checkpoint was built with: its CNN and its decoder."""
-    known = {item.name for part in (EncoderConfig, DecoderConfig) for item in fields(part)}
-    return {
-        name: value for name, value in read_metadata(checkpoint)["model"].items() if name in known
-    }
+def default_values(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return every flag's value before those of a run, a model and the command line."""
+    values = flatten(Config())
+    preset = PRESETS.get(chosen.preset or values["preset"], {})
+    dataset = chosen.dataset or preset.get("dataset", values["dataset"])
+    values |= DATASET_DEFAULTS.get(dataset, {}) | preset
+    values |= {"dataset": dataset, "data_dir": str(Path("data") / dataset)}
+    backbone = chosen.cnn_backbone or values["cnn_backbone"]
+    if values["img_size"] is None and backbone in BACKBONES:
+        values["img_size"] = BACKBONES[backbone].img_size
+    return values
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """Return the flags of the run in `folder`; raises FileNotFoundError where there is none."""
+def read_run(chosen: argparse.Namespace) -> dict[str, Any]:
+    """Return the flags of the run to go on with; raises FileNotFoundError where there is none."""
+    folder = Path(chosen.output or Path("runs") / default_values(chosen)["dataset"])
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"no run to resume in {folder}: name its folder with --output, or begin one without "
+            f"no run to resume in {folder}: name its folder with --output, or start one without "
             "--resume"
         )
     stored = files.read_json(folder / "config.json")
     if not isinstance(stored, dict):
         raise UserError(f"{folder / 'config.json'} does not hold the flags of a run")
+    # Runs of older versions have no size where the backbone's own is meant.
+    if stored.get("img_size") is None and stored.get("cnn_backbone") in BACKBONES:
+        stored["img_size"] = BACKBONES[stored["cnn_backbone"]].img_size
+    if stored.get("data_dir") is None:
+        stored["data_dir"] = str(Path("data") / str(stored.get("dataset")))
     return {**stored, "output": str(folder), "resume": True}
+
+
+def read_sizes(checkpoint: Path) -> dict[str, Any]:
+    """Return the flags that the model of a checkpoint was built with: its CNN and its decoder."""
+    known = {each.name for group in (EncoderConfig, DecoderConfig) for each in fields(group)}
+    metadata = read_metadata(checkpoint)
+    return {name: value for name, value in metadata["model"].items() if name in known}
+
+
+def check_same(config: Config, run: Config | None, model: dict[str, Any]) -> None:
+    """Raise UserError where a flag would make a resumed run, or `--init-from`, another model."""
+    now = flatten(config)
+    for name in model.keys() - {"dropout"}:
+        if now[name] != model[name]:
+            raise UserError(
+                f"{flag(name)} {now[name]} differs from the {model[name]} of "
+                f"{config.train.init_from}; --init-from keeps a model's sizes"
+            )
+    if run is None:
+        return
+    then = flatten(run)
+    identity = [each.name for group in fields(Config) for each in fields(group.type)
+                if each.metadata.get("identity")]  # fmt: skip
+    for name in identity:
+        if now[name] != then[name]:
+            raise UserError(
+                f"{flag(name)} {now[name]} differs from the run's {then[name]}; a resumed run "
+                "keeps it, start a new one with another --output"
+            )
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+# The lowest value of each whole number; the ranges of the others.
+AT_LEAST = {
+    "limit": 1, "min_count": 1, "views": 1, "workers": 0, "epochs": 0, "batch_size": 1,
+    "accumulate": 1, "scst_epochs": 0, "scst_samples": 2, "patience": 0,
+}  # fmt: skip
+AT_LEAST_0 = ("scst_bleu", "grad_clip", "weight_decay", "attention_penalty")
+SHARES = ("warmup", "label_smoothing", "ema")
+HIGHEST_LR = 1000.0  # training diverges long before; AdamW fails where lr is no float32
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for the first flag that is out of range, or that does not fit another."""
+    values = flatten(config)
+
+    def check(name: str, valid: bool, rule: str) -> None:
+        if not valid:
+            raise UserError(f"{flag(name)} {values[name]} must be {rule}")
+
+    for name, value in values.items():
+        # A larger whole number is a typing error, which torch would answer in its own words.
+        if type(value) is int and not name.endswith("seed"):
+            check(name, value < 2**31, "below 2^31")
+    for name, least in AT_LEAST.items():
+        check(name, values[name] is None or values[name] >= least, f"at least {least}")
+    for name in AT_LEAST_0:
+        finite = name == "grad_clip" or values[name] < math.inf
+        check(name, values[name] >= 0 and finite, "at least 0 and finite")
+    for name in SHARES:
+        check(name, 0 <= values[name] < 1, "at least 0 and below 1")
+    for name in ("lr", "cnn_lr", "scst_lr"):
+        check(name, 0 < values[name] <= HIGHEST_LR, f"above 0 and at most {HIGHEST_LR:g}")
+    check("train_fraction", 0 < values["train_fraction"] <= 1, "above 0 and at most 1")
+    train = config.train
+    if train.scst_epochs and train.cnn_lr * train.scst_lr / train.lr > HIGHEST_LR:
+        raise UserError(
+            f"--cnn-lr {train.cnn_lr} times --scst-lr {train.scst_lr} / --lr {train.lr} must be at "
+            f"most {HIGHEST_LR:g}: it is the CNN's learning rate in self-critical training"
+        )
+    if not train.epochs and not (train.scst_epochs and (train.init_from or train.resume)):
+        raise UserError(
+            "--epochs 0 leaves nothing to train; it is for --scst-epochs with --init-from"
+        )
+    config.encoder.validate()
+    config.decoder.validate()

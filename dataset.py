@@ -58,7 +58,7 @@ class Batch(NamedTuple):
     inputs: Tensor
     tokens: Tensor
     owner: Tensor
-    references: list[list[str]]
+    references: list[list[str]] = []  # noqa: RUF012
 
 
 @dataclass(eq=False)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import metrics
-from config import MOST_WORKERS
 from decoding import DecodingConfig, decode, to_captions
 from features import EncodedBatch, encode_images
 from inference import Captioner, list_checkpoints
@@ -115,7 +114,7 @@ PRINTED = (
     "BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr", "SPICE", "bad_endings",
     "repeats",
 )  # fmt: skip
-MOST_IMAGES = 2**20  # at once
+MOST_IMAGES, MOST_WORKERS = 2**20, 1024
 EXAMPLE_ROW = '{"image_id": …, "caption": "…"}'
 
 

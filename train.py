@@ -1,31 +1,34 @@
-"""Train a captioner: `python train.py --dataset shapes`, or on Flickr8k with no flag at all.
+"""Train a captioner: `python train.py --dataset shapes`, or on Flickr8k without any flag.
 
-B images · S image positions · C backbone channels · T words · M captions in a batch
+The training loop is `train_epoch`. What it keeps between steps is in `trainer.py`, what it
+minimises in `losses.py`, the flags in `config.py`.
+
+B images · S image positions · C backbone channels · T words · V vocabulary · M captions in a batch
 """
 
-import csv
-import io
+import contextlib
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 from tqdm import tqdm
 
 import readers
-from config import Config, DataConfig, configure, flat
+from config import Config, configure, flatten
 from dataset import CaptionDataset, get_loader
 from decoding import DecodingConfig
-from encoder import Encoder, build_encoder, get_backbone, image_transform
+from encoder import Encoder, build_encoder, image_transform
 from evaluate import print_scores, score_split
 from features import FeatureCache, cached_features
-from losses import Rewards
+from losses import Reward, sample_captions
 from model import CaptionModel, read_metadata
-from readers import Record, Records, SplitMissingError, data_folder, keep_readable, load_split
+from readers import Record, SplitMissingError, data_folder, keep_readable, load_split
 from streaming import stream_loader
 from trainer import Trainer
 from util import distributed, files, plots
@@ -33,23 +36,75 @@ from util.checkpoints import load_state, run_folder, save_state
 from util.distributed import pick_device
 from util.files import UserError
 from util.images import read_image
+from util.layers import to_device
 from util.signals import Interrupts, StoppedError
 from vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
+# Three beams rank epochs as five do. Greedy decoding does not: self-critical training improves it
+# long after beam search has become worse.
+VALIDATION = DecodingConfig(beam_size=3)
+SHOWN = ("CIDEr", "BLEU-4", "bad_endings", "repeats")  # the scores in metrics.csv
 
-@dataclass
-class Data:
-    """The records of each split that is there; where the CNN is frozen, their features."""
-
-    records: dict[str, Sequence[Record]]
-    caches: dict[str, FeatureCache]
+Records = dict[str, Sequence[Record]]  # by split
+Caches = dict[str, FeatureCache]
 
 
-def load_data(config: DataConfig) -> dict[str, Sequence[Record]]:
-    """Return the splits there are; the train split must be."""
-    splits: dict[str, Sequence[Record]] = {}
+# --- the loop
+
+
+def train_epoch(trainer: Trainer, steps: Iterable[Sequence[Any]]) -> None:
+    """Change the weights by one optimiser step for each item of `steps`, a list of micro-batches.
+
+    All processes of a job run this side by side, each with its share of a step's images. A process
+    without an image in a step takes part with an empty batch, whose loss and gradients are zero.
+    """
+    config, model, net, optimizer = trainer.config, trainer.model, trainer.net, trainer.optimizer
+    for batches in steps:
+        trainer.seed_step()
+        trainer.set_learning_rate()
+        optimizer.zero_grad(set_to_none=True)
+        if trainer.critical:
+            # Captions sampled from the model itself take the place of those that people wrote.
+            with trainer.autocast():
+                sampled = [
+                    sample_captions(model, batch, trainer.reward, config.scst_samples)
+                    for batch in batches
+                ]
+            batches = [batch for batch, _ in sampled]
+            trainer.add_rewards(torch.cat([rewards for _, rewards in sampled]))
+        # The loss is a mean over the words of the whole batch, however it is divided among
+        # processes and micro-batches: so every word counts the same.
+        totals = trainer.count(batches)
+        loss = torch.zeros((), device=trainer.device)
+        for batch in batches:
+            with sync_after(net, last=batch is batches[-1]):
+                with trainer.autocast():
+                    inputs = to_device(batch.inputs, trainer.device)
+                    logits, attention = net(inputs, batch.tokens, batch.owner)
+                part = trainer.objective(logits, attention, batch, totals, config)
+                # DistributedDataParallel takes the mean over processes; we want the sum.
+                (part.objective * distributed.world_size()).backward()
+            loss += part.objective.detach()
+            trainer.nll += part.nll
+        norm = trainer.clip_gradients()
+        trainer.watch(batches, torch.stack([loss, norm]))
+        optimizer.step()
+        trainer.finish_step(totals.words)  # counts it and updates the average of weights
+
+
+def sync_after(net: torch.nn.Module, *, last: bool) -> contextlib.AbstractContextManager:
+    """Return the context in which gradients are summed over processes only after the last part."""
+    return contextlib.nullcontext() if last or distributed.world_size() == 1 else net.no_sync()
+
+
+# --- the data and the model
+
+
+def load_data(config: Config) -> Records:
+    """Return the records of the splits that the dataset has; it must have a train split."""
+    data, splits = config.data, {}
     for split in ("train", "val", "test"):
         try:
             records = load_records(config, split)
@@ -59,280 +114,293 @@ def load_data(config: DataConfig) -> dict[str, Sequence[Record]]:
             log.warning("no %s scores: %s", split, error)
             continue
         if split == "train":
-            records = records[: max(1, round(config.train_fraction * len(records)))]
-        splits[split] = records[: config.limit]
+            records = records[: max(1, round(data.train_fraction * len(records)))]
+        splits[split] = records[: data.limit]
     return splits
 
 
-def load_records(config: DataConfig, split: str) -> Sequence[Record]:
-    """Return a split's records; of shards to learn from only the captions, images are streamed."""
-    if split == "train" and config.dataset == "shards":
-        if config.views > 1:
+def load_records(config: Config, split: str) -> Sequence[Record]:
+    """Return a split's records; of shards to train on without the images, which are streamed."""
+    data = config.data
+    if split == "train" and data.dataset == "shards":
+        if data.views > 1:
             raise UserError(
-                f"--views {config.views} is for a feature cache, and shards are read without one"
+                f"--views {data.views} is for a feature cache, and shards are read without one"
             )
-        return readers.listed(str(data_folder(config.dataset, config.data_dir)), split)
-    where = (config.dataset, config.data_dir, split, config.split_seed)
-    return load_split(*where, cache_dir=config.cache_dir)
+        return readers.listed(str(data_folder(data.dataset, data.data_dir)), split)
+    where = (data.dataset, data.data_dir, split, data.split_seed)
+    return load_split(*where, cache_dir=data.cache_dir)
 
 
-def build(config: Config, data: dict[str, Sequence[Record]]) -> tuple[CaptionModel, Data]:
-    """Return the model to train, on its device, and the data to train it on."""
+def build(config: Config, records: Records) -> tuple[CaptionModel, Records, Caches]:
+    """Return the model on its device, the records whose image can be read, and cached features.
+
+    Features are cached where the CNN is frozen; images of shards are streamed.
+    """
     device = pick_device(config.train.device)
-    begun = config.train.init_from and CaptionModel.load(config.train.init_from)
+    init_model = CaptionModel.load(config.train.init_from) if config.train.init_from else None
     torch.manual_seed(config.train.seed)
-    encoder = new_encoder(config, begun).to(device)
-    if begun:
-        vocabulary = begun.vocabulary
+    encoder = make_encoder(config, init_model).to(device)
+    if init_model:
+        vocabulary = init_model.vocabulary
     else:
-        captions = (line for record in data["train"] for line in record.captions)
+        captions = (caption for record in records["train"] for caption in record.captions)
         vocabulary = Vocabulary.build(captions, config.data.min_count)
-    img_size = config.encoder.img_size or get_backbone(encoder.name).img_size
-    caches = {}
-    for split, records in data.items():
+    records, caches = dict(records), {}
+    for split, every in records.items():
         if split == "train" and config.data.dataset == "shards":
-            continue  # its images are read as they come, each epoch anew
+            continue
         if encoder.trained == "none":
-            caches[split] = split_cache(split, records, encoder, img_size, config, device)
-            data[split] = Records.of(records).keep(caches[split])
+            caches[split] = cache = cache_split(config, split, every, encoder, device)
+            records[split] = [record for record in every if record.image_id in cache]
         else:
-            data[split] = keep_readable(records)
-    # The same start for the decoder, whatever the encoder's construction drew.
+            records[split] = keep_readable(every)
+    # The decoder starts from the same weights, however many numbers the encoder has drawn.
     torch.manual_seed(config.train.seed)
-    model = CaptionModel(encoder, config.decoder, vocabulary, img_size)
-    if begun:
-        model.load_state_dict(begun.state_dict())
-    return model.to(device), Data(data, caches)
+    model = CaptionModel(encoder, config.decoder, vocabulary, config.encoder.img_size)
+    if init_model:
+        model.load_state_dict(init_model.state_dict())
+    return model.to(device), records, caches
 
 
-def new_encoder(config: Config, begun: CaptionModel | None) -> Encoder:
-    """Return the encoder that the flags say, or the one of the model that the run begins with."""
-    flags, finetune = config.encoder, config.encoder.finetune_cnn or None
-    if not begun:
+def make_encoder(config: Config, init_model: CaptionModel | None) -> Encoder:
+    """Return the encoder that the flags name, with the weights of `init_model` if there is one."""
+    flags = config.encoder
+    if not init_model:
+        finetune = flags.finetune_cnn or None
         return build_encoder(
             flags.cnn_backbone, flags.cnn_weights, finetune=finetune, grid=flags.grid
         )
-    trained = "last" if finetune else "all" if flags.cnn_weights == "none" else "none"
-    encoder = Encoder(begun.encoder.name, trained, begun.encoder.grid)
-    encoder.load_state_dict(begun.encoder.state_dict())
+    trained = "last" if flags.finetune_cnn else "all" if flags.cnn_weights == "none" else "none"
+    encoder = Encoder(flags.cnn_backbone, trained, flags.grid)
+    encoder.load_state_dict(init_model.encoder.state_dict())
     return encoder.to(memory_format=torch.channels_last)
 
 
-def split_cache(
-    split: str,
-    records: Sequence[Record],
-    encoder: Encoder,
-    img_size: int,
-    config: Config,
-    device: torch.device,
+def cache_split(
+    config: Config, split: str, records: Sequence[Record], encoder: Encoder, device: torch.device
 ) -> FeatureCache:
-    """Return the features of a split by a frozen encoder.
+    """Return the features of a split by a frozen CNN.
 
-    Scores are of what evaluate.py and inference.py see: the image itself, in full precision.
+    Those of val and test are what evaluate.py computes: one view, in full precision.
     """
-    learned_from = split == "train"
+    train = split == "train"
     return cached_features(
         records,
         encoder,
-        img_size,
+        config.encoder.img_size,
         config.data.cache_dir,
         f"{config.data.dataset}-{split}",
         device=device,
         workers=config.data.workers,
-        amp=config.train.amp and learned_from,
-        views=config.data.views if learned_from else 1,
+        amp=config.train.amp and train,
+        views=config.data.views if train else 1,
         rank=distributed.rank(),
         world=distributed.world_size(),
     )
+
+
+def load_epoch(trainer: Trainer, config: Config, records: Sequence[Record], cache: Any) -> Any:
+    """Return the loader of this epoch's micro-batches, from where an interrupted epoch stopped."""
+    model, data = trainer.model, config.data
+    augment = data.augment and model.encoder.trained != "none"
+    transform = image_transform(model.img_size, train=augment)
+    dataset = CaptionDataset(
+        records, model.vocabulary, model.config.seq_len, transform, cache,
+        views=data.views, flip=augment, seed=config.train.seed,
+    )  # fmt: skip
+    options = {
+        "seed": config.train.seed,
+        "epoch": trainer.epoch,
+        "skip": trainer.batch,
+        "workers": 0 if cache is not None else data.workers,
+        "accumulate": config.train.accumulate,
+        "rank": distributed.rank(),
+        "world": distributed.world_size(),
+    }
+    if data.dataset == "shards":
+        root = str(data_folder("shards", data.data_dir))
+        return stream_loader(dataset, root, config.train.batch_size, **options)
+    return get_loader(dataset, config.train.batch_size, shuffle=True, **options)
+
+
+# --- a run
 
 
 def train(config: Config) -> dict[str, Any]:
     """Train, validate and save as the flags say; return the scores by split."""
     output, resume = config.train.output, config.train.resume
     with run_folder(output, config.data.dataset, resume=resume) as folder:
-        records = load_data(config.data)
-        if not config.train.resume:  # before hours of encoding, after which a --resume goes on
-            write_flags(folder, config)
-        model, data = build(config, records)
-        steps = math.ceil(len(data.records["train"]) / config.train.batch_size)
-        trainer = Trainer(model, config.train, steps)
+        records = load_data(config)
+        if not resume:  # before hours of feature extraction, so that --resume can go on after them
+            write_config(folder, config)
+        model, records, caches = build(config, records)
+        steps_per_epoch = math.ceil(len(records["train"]) / config.train.batch_size)
+        trainer = Trainer(model, config.train, steps_per_epoch)
         if config.train.scst_epochs:
-            trainer.rewards = Rewards(
-                data.records["train"], model.vocabulary, config.train.scst_bleu
-            )
-        if config.train.resume:
-            go_on(trainer, folder)
-            write_flags(folder, config)
-        print_start(config, model, data, folder)
-        return run_stages(trainer, config, data, folder)
+            trainer.reward = Reward(records["train"], model.vocabulary, config.train.scst_bleu)
+        if resume:
+            if state := load_state(folder):
+                trainer.load(state)
+            else:
+                print(f"{folder} has no training state yet: training starts with the first step")
+            write_config(folder, config)
+        print_start(config, model, records, folder)
+        with Interrupts() as interrupts:
+            try:
+                while not trainer.stage_is_over() or start_self_critical(trainer, folder):
+                    run_epoch(trainer, config, records["train"], caches.get("train"), interrupts)
+                    finish_epoch(trainer, config, records, caches, folder, interrupts)
+                return finish(trainer, records, caches, folder, interrupts)
+            except StoppedError:
+                write_state(folder, trainer)
+                print(
+                    f"stopped after step {trainer.step_number}; go on: --resume --output {folder}"
+                )
+                raise KeyboardInterrupt from None
 
 
-def write_flags(folder: Path, config: Config) -> None:
-    """Write config.json."""
-    if distributed.is_main():
-        files.write_json(folder / "config.json", flat(config))
-
-
-def write_state(folder: Path, trainer: Trainer) -> None:
-    """Write last.pt; all processes have their part in what it says."""
-    state = trainer.state()
-    if distributed.is_main():
-        save_state(folder, state)
-
-
-def go_on(trainer: Trainer, folder: Path) -> None:
-    """Take over the state of the run in `folder`; where none was saved yet, say so."""
-    state = load_state(folder)
-    if state is None:
-        print(f"{folder} has no training state yet: it begins with the first step")
-    else:
-        trainer.load(state)
-
-
-def run_stages(trainer: Trainer, config: Config, data: Data, folder: Path) -> dict[str, Any]:
-    """Train the stages to their end and return the scores; asked to stop, save and stop."""
-    with Interrupts() as interrupts:
-        try:
-            while not trainer.stage_is_over() or enter_self_critical(trainer, folder):
-                train_epoch(trainer, config, data, interrupts)
-                finish_epoch(trainer, config, data, folder, interrupts)
-            return finish(config, data, folder, trainer.rows, interrupts)
-        except StoppedError:
-            write_state(folder, trainer)
-            print(f"stopped after step {trainer.step_number}; go on: --resume --output {folder}")
-            raise KeyboardInterrupt from None
-
-
-def enter_self_critical(trainer: Trainer, folder: Path) -> bool:
-    """Begin the self-critical stage with the best model so far; False where there is none."""
+def start_self_critical(trainer: Trainer, folder: Path) -> bool:
+    """Start the self-critical stage from the best model so far; return False if there is none."""
     if trainer.critical or not trainer.config.scst_epochs:
         return False
     if trainer.epoch:
         best = CaptionModel.load(folder, trainer.device)
         trainer.model.load_state_dict(best.state_dict())
-    trainer.begin(critical=True)
-    # Now: a run killed later must not begin the stage again with a best model out of the stage.
+    trainer.start_stage(critical=True)
+    # Now: if the run is killed later, its best model may already be one of this stage.
     write_state(folder, trainer)
     return True
 
 
-def train_epoch(trainer: Trainer, config: Config, data: Data, interrupts: Interrupts) -> None:
-    """Go once over the training images, from where an interrupted epoch stopped."""
-    records, model = data.records["train"], trainer.model
-    cache = data.caches.get("train")
-    augment = config.data.augment and model.encoder.trained != "none"
-    dataset = CaptionDataset(
-        records,
-        model.vocabulary,
-        model.config.seq_len,
-        image_transform(model.img_size, train=augment),
-        cache,
-        views=config.data.views,
-        flip=augment,
-        seed=config.train.seed,
-    )
-    how = {
-        "seed": config.train.seed,
-        "epoch": trainer.epoch,
-        "skip": trainer.batch,
-        "workers": 0 if cache is not None else config.data.workers,
-        "accumulate": config.train.accumulate,
-        "rank": distributed.rank(),
-        "world": distributed.world_size(),
-    }
-    if config.data.dataset == "shards":
-        root = str(data_folder("shards", config.data.data_dir))
-        loader = stream_loader(dataset, root, config.train.batch_size, **how)
-    else:
-        loader = get_loader(dataset, config.train.batch_size, shuffle=True, **how)
-    began = time.perf_counter()
+def run_epoch(
+    trainer: Trainer,
+    config: Config,
+    records: Sequence[Record],
+    cache: FeatureCache | None,
+    interrupts: Interrupts,
+) -> None:
+    """Train once on all training images, with a progress bar; stop between steps when asked to."""
+    loader, size = load_epoch(trainer, config, records, cache), config.train.accumulate
+    steps = map(list, zip(*[iter(loader)] * size, strict=True))  # lists of `size` micro-batches
+    name = "self-critical epoch" if trainer.critical else "epoch"
     last = trainer.first_epoch + trainer.stage_epochs
-    name = f"{'self-critical ' if trainer.critical else ''}epoch {trainer.epoch + 1}/{last}"
-    steps = zip(*[iter(loader)] * config.train.accumulate, strict=True)
-    total = len(loader) // config.train.accumulate
-    bar = tqdm(steps, desc=name, total=total, unit=" steps", disable=None, leave=False)
+    bar = tqdm(
+        steps, desc=f"{name} {trainer.epoch + 1}/{last}", total=len(loader) // size,
+        unit=" steps", disable=None, leave=False,
+    )  # fmt: skip
+    start = time.perf_counter()
     try:
-        for parts in interrupts.stop_between(bar):
-            trainer.step(*parts)
+        with trainer.training_mode():
+            train_epoch(trainer, interrupts.stop_between(bar))
     finally:
-        trainer.seconds += time.perf_counter() - began
-    trainer.check()
+        trainer.seconds += time.perf_counter() - start
+    trainer.check_finite()
 
 
 def finish_epoch(
-    trainer: Trainer, config: Config, data: Data, folder: Path, interrupts: Interrupts
+    trainer: Trainer,
+    config: Config,
+    records: Records,
+    caches: Caches,
+    folder: Path,
+    interrupts: Interrupts,
 ) -> None:
-    """Validate, write the run's files, and make ready for the next epoch."""
-    sums = trainer.sums()
+    """Validate, write the run's files, and set the counters for the next epoch."""
+    sums, critical = trainer.total_sums(), trainer.critical
     row: dict[str, Any] = {
         "epoch": trainer.epoch + 1,
-        "train_loss": None if trainer.critical else sums["nll"] / trainer.words,
+        "train_loss": None if critical else sums["nll"] / trainer.words,
         "val_loss": None,
         "CIDEr": None,
         "BLEU-4": None,
         "lr": trainer.optimizer.param_groups[-1]["lr"],
         "seconds": round(trainer.seconds, 1),
-        "reward": sums["rewarded"] / sums["samples"] if trainer.critical else None,
-        "baseline": sums["baselines"] / sums["samples"] if trainer.critical else None,
+        "reward": sums["rewarded"] / sums["samples"] if critical else None,
+        "baseline": sums["baselines"] / sums["samples"] if critical else None,
         "bad_endings": None,
         "repeats": None,
     }
-    best = trainer.best()
-    with trainer.averaged() as model:
-        if "val" in data.records:
+    with trainer.averaged_model() as model:
+        if "val" in records:
             scores, captions = score_split(
-                model,
-                data.records["val"],
-                VALIDATION,
-                data.caches.get("val"),
-                interrupts.stop_between_alone,
+                model, records["val"], VALIDATION, caches.get("val"), interrupts.stop_between_alone
             )
             row |= {"val_loss": scores.pop("loss")} | {name: scores.get(name) for name in SHOWN}
-        row = distributed.broadcast(row)  # the scores are the main process's
+        row = distributed.broadcast(row)  # only the main process has the scores
         if distributed.is_main():
-            if "val" in data.records:
-                page = folder / "samples" / f"epoch-{row['epoch']:02}.png"
-                write_samples(page, data.records["val"], captions)
-            if row["CIDEr"] is None or row["CIDEr"] > best:
-                model.save(folder / "best.safetensors", scores=row, training=training_facts(config))
+            if "val" in records:
+                path = folder / "samples" / f"epoch-{row['epoch']:02}.png"
+                write_samples(path, records["val"], captions)
+            if row["CIDEr"] is None or row["CIDEr"] > trainer.best_score():
+                info = training_info(config)
+                model.save(folder / "best.safetensors", scores=row, training=info)
     trainer.rows.append(row)
     trainer.epoch += 1
-    trainer.forget()
+    trainer.start_epoch()
     if distributed.is_main():
-        write_rows(folder / "metrics.csv", trainer.rows)
+        write_metrics(folder / "metrics.csv", trainer.rows)
         plots.learning_curve(folder / "learning_curve.png", trainer.rows)
-    # Last, so that a state on disk never runs ahead of the files it stands for.
+    # Last: a state on disk must never be ahead of the files that it belongs to.
     write_state(folder, trainer)
     print_row(row, trainer.device)
 
 
-# Three beams rank epochs as five do. The greedy method does not: self-critical training makes it
-# better long after beams have got worse.
-VALIDATION = DecodingConfig(beam_size=3)
-SHOWN = ("CIDEr", "BLEU-4", "bad_endings", "repeats")  # of the scores, after each epoch
+def finish(
+    trainer: Trainer, records: Records, caches: Caches, folder: Path, interrupts: Interrupts
+) -> dict[str, Any]:
+    """Score the best model on val and, once, on test; write scores.json and print the scores.
+
+    Returns them by split, on the main process.
+    """
+    model, decoding = CaptionModel.load(folder, trainer.device), DecodingConfig()
+    report: dict[str, Any] = {}
+    for split in ("val", "test"):
+        if split not in records:
+            continue
+        scores, captions = score_split(
+            model, records[split], decoding, caches.get(split), interrupts.stop_between_alone
+        )
+        report[split] = {**scores, "images": len(records[split]), "decoding": asdict(decoding)}
+        if distributed.is_main():
+            write_samples(folder / "samples" / f"{split}.png", records[split], captions)
+            print(f"{split}, {len(records[split])} images, beam {decoding.beam_size}")
+            print_scores(scores)
+            for image_id in list(captions)[:3]:
+                print(f"    {image_id}: {captions[image_id]}")
+    if not distributed.is_main():
+        return {}
+    test_loss = report.get("test", {}).get("loss")
+    plots.learning_curve(folder / "learning_curve.png", trainer.rows, test_loss)
+    files.write_json(folder / "scores.json", report)
+    print(f"caption an image: python inference.py IMAGE --checkpoint {folder}")
+    return report
 
 
-def training_facts(config: Config) -> dict[str, Any]:
-    """Return the flags for the model file: how it was trained, and no path of this machine."""
-    flags = flat(config)
-    for name in ("data_dir", "cache_dir", "output", "resume", "device", "workers"):
-        del flags[name]
-    if begun := flags["init_from"]:  # its own story in place of its path
-        flags["init_from"] = read_metadata(begun).get("training")
-    return {**flags, "cnn_weights": Path(flags["cnn_weights"]).name}
+# --- files and lines of a run
 
 
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write metrics.csv: a row an epoch, an empty field for what was not measured."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    files.write_text(path, table.getvalue())
+def write_config(folder: Path, config: Config) -> None:
+    """Write config.json."""
+    if distributed.is_main():
+        files.write_json(folder / "config.json", flatten(config))
 
 
-def write_samples(path: Path, records: Sequence[Record], captions: dict[str, str]) -> None:
-    """Draw a page of twelve pictures of the split with their captions."""
+def write_state(folder: Path, trainer: Trainer) -> None:
+    """Write last.pt; every process must call this, for the state has sums over all of them."""
+    state = trainer.state()
+    if distributed.is_main():
+        save_state(folder, state)
+
+
+def write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write metrics.csv: a row per epoch, an empty cell for what was not measured."""
+    table = pandas.DataFrame(rows, dtype=object)
+    files.write_text(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def write_samples(path: Path, records: Sequence[Record], captions: dict[Any, str]) -> None:
+    """Write a page of twelve images of the split with their captions."""
     chosen = records[:: max(1, len(records) // 12)][:12]
     items = [
         (read_image(record.path), captions[record.image_id], [record.captions[0]])
@@ -342,49 +410,23 @@ def write_samples(path: Path, records: Sequence[Record], captions: dict[str, str
     plots.caption_page(path, items, title=path.stem)
 
 
-def finish(
-    config: Config,
-    data: Data,
-    folder: Path,
-    rows: Sequence[dict[str, Any]],
-    interrupts: Interrupts,
-) -> dict[str, Any]:
-    """Score the best model on val and, once, on test; write scores.json and print them.
-
-    Returns the scores by split, on the main process.
-    """
-    model = CaptionModel.load(folder, pick_device(config.train.device))
-    report: dict[str, Any] = {}
-    for split in ("val", "test"):
-        if split not in data.records:
-            continue
-        records = data.records[split]
-        scores, captions = score_split(
-            model, records, DecodingConfig(), data.caches.get(split), interrupts.stop_between_alone
-        )
-        report[split] = {**scores, "images": len(records), "decoding": asdict(DecodingConfig())}
-        if distributed.is_main():
-            write_samples(folder / "samples" / f"{split}.png", records, captions)
-            print(f"{split}, {len(records)} images, beam {DecodingConfig().beam_size}")
-            print_scores(scores)
-            for record in records[:3]:
-                print(f"    {record.image_id}: {captions[record.image_id]}")
-    if not distributed.is_main():
-        return {}
-    test_loss = report.get("test", {}).get("loss")
-    plots.learning_curve(folder / "learning_curve.png", list(rows), test_loss)
-    files.write_json(folder / "scores.json", report)
-    print(f"caption a picture: python inference.py PHOTO --checkpoint {folder}")
-    return report
+def training_info(config: Config) -> dict[str, Any]:
+    """Return the flags for the model file: how it was trained, without paths of this machine."""
+    flags = flatten(config)
+    for name in ("data_dir", "cache_dir", "output", "resume", "device", "workers"):
+        del flags[name]
+    if init_from := flags["init_from"]:  # how that model was trained, in place of its path
+        flags["init_from"] = read_metadata(init_from).get("training")
+    return {**flags, "cnn_weights": Path(flags["cnn_weights"]).name}
 
 
-def print_start(config: Config, model: CaptionModel, data: Data, folder: Path) -> None:
-    """Say what is about to be trained."""
-    learning = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    images = ", ".join(f"{len(records)} {split}" for split, records in data.records.items())
+def print_start(config: Config, model: CaptionModel, records: Records, folder: Path) -> None:
+    """Print what is about to be trained."""
+    trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    images = ", ".join(f"{len(every)} {split}" for split, every in records.items())
     print(f"{config.data.dataset}: {images} images, {len(model.vocabulary)} words")
     print(
-        f"{model.encoder.name} + {config.decoder.decoder}, {learning / 1e6:.1f} million weights "
+        f"{model.encoder.name} + {config.decoder.decoder}, {trainable / 1e6:.1f} million weights "
         f"to train, on {next(model.parameters()).device}; run folder {folder}",
         flush=True,
     )

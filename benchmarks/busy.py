@@ -23,6 +23,7 @@ from config import TrainConfig  # noqa: E402
 from decoder import DecoderConfig  # noqa: E402
 from encoder import Encoder  # noqa: E402
 from model import CaptionModel  # noqa: E402
+from train import train_epoch  # noqa: E402
 from trainer import Trainer  # noqa: E402
 from util import files  # noqa: E402
 from util.distributed import pick_device  # noqa: E402
@@ -58,7 +59,7 @@ def measure(images: int, config: Config) -> dict[str, float]:
     def steps(count: int) -> float:
         began = time.perf_counter()
         for _ in range(count):
-            trainer.step(one)
+            train_epoch(trainer, [[one]])
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - began

@@ -27,6 +27,7 @@ from config import TrainConfig  # noqa: E402
 from decoder import DecoderConfig  # noqa: E402
 from encoder import Encoder  # noqa: E402
 from model import CaptionModel  # noqa: E402
+from train import train_epoch  # noqa: E402
 from trainer import Trainer  # noqa: E402
 from util import distributed, files  # noqa: E402
 from util.distributed import pick_device  # noqa: E402
@@ -61,13 +62,13 @@ def measure(images: int, steps: int, device: str) -> dict[str, Any] | None:
     share = len(distributed.split_by_rank(range(images)))
     one = batch(share, seed=distributed.rank())
     trainer = Trainer(model, TrainConfig(), steps_per_epoch=10**6)
-    together = timed(lambda: trainer.step(one), steps, place)
+    together = timed(lambda: train_epoch(trainer, [[one]]), steps, place)
     weights = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad))
     exchange = timed(lambda: add_up(weights.to(place)), steps, place)
     distributed.barrier()
     trainer.net = model  # from here on nobody is told of gradients
     with alone():
-        own = timed(lambda: trainer.step(one), steps, place)
+        own = timed(lambda: train_epoch(trainer, [[one]]), steps, place)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     peaks = distributed.gather(peak)
     if peaks is None:

@@ -22,12 +22,13 @@ import train
 from config import TrainConfig
 from decoder import DecoderConfig
 from decoding import beam_search, greedy
-from encoder import Encoder, build_trunk, multiplies_bfloat16
+from encoder import Encoder, multiplies_bfloat16
 from features import encode_images
 from inference import Captioner
 from losses import cross_entropy
 from model import CaptionModel
 from readers import Record
+from train import train_epoch
 from trainer import Trainer
 from util.images import read_image
 from vocabulary import END
@@ -84,7 +85,7 @@ def steppers(machine: Machine) -> tuple[Callable, Callable, Callable, int]:
         learn(seen[owner], tokens)
 
     def ours() -> None:
-        trainer.step(one)
+        train_epoch(trainer, [[one]])
 
     return with_cnn, with_cache, ours, len(tokens)
 
@@ -181,7 +182,7 @@ def extraction_row(machine: Machine, folder: Path) -> dict[str, Any]:
     records = [Record(path.name, path, ()) for path in paths]
     torch.manual_seed(0)
     encoder = Encoder("resnet50").eval()
-    trunk = build_trunk("resnet50")
+    trunk = Encoder("resnet50").cnn
     trunk.load_state_dict(encoder.cnn.state_dict())
     trunk.to(machine.device).eval()
     found: dict[str, Tensor] = {}

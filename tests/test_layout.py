@@ -124,6 +124,9 @@ def test_the_readmes_commands_parse(command, monkeypatch):
         raise ParsedError
 
     monkeypatch.setattr(script.files, "parse", parse)
+    # The runs and models that commands name are not there; the defaults are the flags' own.
+    monkeypatch.setattr("config.read_run", lambda chosen: {})
+    monkeypatch.setattr("config.read_sizes", lambda checkpoint: {})
     with pytest.raises(ParsedError):
         script.main(command[1:])
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import evaluate
 import train
-from encoder import build_trunk
+from encoder import Encoder
 from readers import SplitMissingError, load_split
 from util import shapes
 
@@ -128,7 +128,7 @@ def test_photographs_in_cocos_layout_train_and_evaluate_to_the_very_same_numbers
     coco = as_coco(flickr8k, tmp_path / "coco")
     with_cocos_splits(flickr8k, coco)
     torch.manual_seed(0)
-    torch.save(build_trunk("resnet18").state_dict(), tmp_path / "cnn.pth")
+    torch.save(Encoder("resnet18").cnn.state_dict(), tmp_path / "cnn.pth")
     reports, tables = [], []
     for dataset, data in (("flickr8k", flickr8k), ("coco", coco)):
         run, json_file = tmp_path / f"run-{dataset}", tmp_path / f"{dataset}.json"

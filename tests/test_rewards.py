@@ -9,18 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import SMALL, WORDS, assert_same_run, losses, run_code, tiny_model
+from helpers.tiny import SMALL, WORDS, assert_same_run, losses, run_code, take_step
 
 import train
-from config import TrainConfig
+from config import TrainConfig, configure
 from dataset import Batch
 from decoder import DecoderConfig
 from decoding import NEVER, sample
 from encoder import Encoder
-from losses import OVER, Rewards, leave_one_out, reference_words
+from losses import Reward, leave_one_out
 from model import CaptionModel, read_metadata
 from readers import Record
-from trainer import Trainer, without_dropout
+from trainer import Trainer
 from vocabulary import END, PAD, Vocabulary
 
 CAPTIONS = {
@@ -50,17 +50,17 @@ SAMPLES = torch.stack([
 
 def test_rewards_are_the_reference_scorers_with_the_end_as_a_word():
     scorer = pytest.importorskip("pycocoevalcap.cider.cider_scorer").CiderScorer
-    rewards = Rewards(RECORDS, VOCABULARY)
+    rewards = Reward(RECORDS, VOCABULARY)
     found = rewards(["one", "two"], SAMPLES)
     for row, name in enumerate(["one", "two"]):
         for column in range(3):
             reference = scorer(n=4, sigma=6.0)
             for place, record in enumerate(RECORDS):
-                spoken = rewards.to_captions(SAMPLES[row, column].tolist())
+                spoken = rewards.to_words(SAMPLES[row, column].tolist())
                 said = " ".join(spoken) if record.image_id == name else ""
                 reference += (
                     said,
-                    [" ".join(words) for words in reference_words(rewards.records[place])],
+                    [" ".join(words) for words in rewards.reference_words(place)],
                 )
             _, each = reference.compute_score()
             expected = each[[record.image_id for record in RECORDS].index(name)]
@@ -68,22 +68,22 @@ def test_rewards_are_the_reference_scorers_with_the_end_as_a_word():
 
 
 def test_a_caption_that_breaks_off_has_no_end_in_its_reward():
-    rewards = Rewards(RECORDS, VOCABULARY)
-    assert rewards.to_captions(SAMPLES[0, 0].tolist()) == ["a", "dog", "runs", OVER]
-    assert rewards.to_captions(SAMPLES[0, 1].tolist()) == ["a", "man", "with", "a"]
+    rewards = Reward(RECORDS, VOCABULARY)
+    assert rewards.to_words(SAMPLES[0, 0].tolist()) == ["a", "dog", "runs", Reward.END_WORD]
+    assert rewards.to_words(SAMPLES[0, 1].tolist()) == ["a", "man", "with", "a"]
     whole, broken = rewards(["three"], tokens("a man with a dog", "a man with a dog…")[None])[0]
     assert whole > broken > 0
 
 
 def test_bleu_is_added_with_its_weight():
     scorer = pytest.importorskip("pycocoevalcap.bleu.bleu_scorer").BleuScorer
-    plain, mixed = (Rewards(RECORDS, VOCABULARY, weight) for weight in (0.0, 0.5))
+    plain, mixed = (Reward(RECORDS, VOCABULARY, weight) for weight in (0.0, 0.5))
     more = mixed(["one", "two"], SAMPLES) - plain(["one", "two"], SAMPLES)
     for row in range(2):
         for column in range(3):
             reference = scorer(n=4)
-            said = " ".join(plain.to_captions(SAMPLES[row, column].tolist()))
-            reference += (said, [" ".join(words) for words in reference_words(plain.records[row])])
+            said = " ".join(plain.to_words(SAMPLES[row, column].tolist()))
+            reference += (said, [" ".join(words) for words in plain.reference_words(row)])
             bleu = reference.compute_score(option="closest", verbose=0)[0][3]
             assert float(more[row, column]) == pytest.approx(0.5 * bleu, abs=1e-6)
 
@@ -96,12 +96,14 @@ def test_the_baseline_is_the_mean_of_the_others():
 # --- the stage
 
 
+TWO = {"x": ("a red circle", "red circle on a dog"), "y": ("a blue square", "blue square")}
+
+
 def one_batch(vocabulary: Vocabulary) -> Batch:
     torch.manual_seed(1)
-    lines = [["a red circle", "red circle on a dog"], ["a blue square", "blue square"]]
-    encoded = [torch.tensor(vocabulary.encode(line, 8)) for each in lines for line in each]
+    encoded = [torch.tensor(vocabulary.encode(line, 8)) for two in TWO.values() for line in two]
     padded = torch.nn.utils.rnn.pad_sequence(encoded, batch_first=True, padding_value=PAD)
-    return Batch(["x", "y"], torch.randn(2, 16, 128), padded, torch.tensor([0, 0, 1, 1]), lines)
+    return Batch(["x", "y"], torch.randn(2, 16, 128), padded, torch.tensor([0, 0, 1, 1]))
 
 
 def trainer_of_two(decoder: str = "transformer", **changes) -> tuple[Trainer, Batch]:
@@ -110,10 +112,9 @@ def trainer_of_two(decoder: str = "transformer", **changes) -> tuple[Trainer, Ba
     model = CaptionModel(Encoder("tiny", "all"), sizes, Vocabulary(WORDS), 64)
     batch = one_batch(model.vocabulary)
     trainer = Trainer(model, TrainConfig(scst_epochs=1, warmup=0.0, **changes), 10**6)
-    records = [Record(name, Path(name), tuple(lines))
-               for name, lines in zip(batch.image_ids, batch.references, strict=True)]  # fmt: skip
+    records = [Record(name, Path(name), lines) for name, lines in TWO.items()]
     records.append(Record("z", Path("z"), ("a café",)))
-    trainer.rewards = Rewards(records, model.vocabulary)
+    trainer.reward = Reward(records, model.vocabulary)
     return trainer, batch
 
 
@@ -121,27 +122,28 @@ def trainer_of_two(decoder: str = "transformer", **changes) -> tuple[Trainer, Ba
 def test_after_the_captions_the_model_learns_what_is_rewarded(decoder):
     trainer, batch = trainer_of_two(decoder, lr=3e-3, scst_lr=3e-3, ema=0.0)
     for _ in range(40):
-        trainer.step(batch)
-    trainer.begin(critical=True)
+        take_step(trainer, batch)
+    trainer.start_stage(critical=True)
     means = []
     for _ in range(4):
-        trainer.forget()
+        trainer.start_epoch()
         for _ in range(25):
-            trainer.step(batch)
-        means.append(trainer.rewarded / trainer.samples)
-        assert trainer.baselines / trainer.samples == pytest.approx(means[-1])
+            take_step(trainer, batch)
+        means.append(trainer.sums["rewarded"] / trainer.sums["samples"])
+        assert trainer.sums["baselines"] / trainer.sums["samples"] == pytest.approx(means[-1])
     assert means[-1] > 1.2 * means[0] > 0
 
 
 def test_drawn_captions_are_read_again_with_the_probability_they_were_drawn_with():
     trainer, batch = trainer_of_two(amp=False)
     model = trainer.model
-    without_dropout(model)
-    memory = model.encode(batch.inputs)
-    spoken = sample(model.decoder, memory, max_words=8, n=4)
-    start = torch.ones_like(spoken.tokens[..., :1])
-    rows = torch.cat([start, spoken.tokens], -1).flatten(0, 1)
-    logits = model(batch.inputs, rows, torch.arange(2).repeat_interleave(4)).logits
+    trainer.start_stage(critical=True)
+    with trainer.training_mode():
+        memory = model.encode(batch.inputs)
+        spoken = sample(model.decoder, memory, max_words=8, n=4)
+        start = torch.ones_like(spoken.tokens[..., :1])
+        rows = torch.cat([start, spoken.tokens], -1).flatten(0, 1)
+        logits = model(batch.inputs, rows, torch.arange(2).repeat_interleave(4)).logits
     told = logits.log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]
     found = told.masked_fill(rows[:, 1:] == PAD, 0).sum(-1)
     torch.testing.assert_close(found, spoken.log_prob.flatten(), atol=1e-4, rtol=1e-4)
@@ -150,7 +152,7 @@ def test_drawn_captions_are_read_again_with_the_probability_they_were_drawn_with
 
 def test_words_that_are_never_drawn_are_not_taught(monkeypatch):
     trainer, batch = trainer_of_two()
-    trainer.begin(critical=True)
+    trainer.start_stage(critical=True)
     forward, told = trainer.model.decoder.forward, []
 
     def watched(*given):
@@ -160,7 +162,7 @@ def test_words_that_are_never_drawn_are_not_taught(monkeypatch):
         return taught
 
     monkeypatch.setattr(trainer.model.decoder, "forward", watched)
-    trainer.step(batch)
+    take_step(trainer, batch)
     (logits,) = told
     assert not logits.grad[..., list(NEVER)].any() and not logits.grad[:, 0, END].any()
     assert logits.grad[:, 1:, END].any()
@@ -168,22 +170,28 @@ def test_words_that_are_never_drawn_are_not_taught(monkeypatch):
 
 def test_the_stage_averages_all_its_weights_alike():
     trainer, batch = trainer_of_two(scst_lr=3e-3)
-    trainer.step(batch)
-    trainer.begin(critical=True)
+    take_step(trainer, batch)
+    trainer.start_stage(critical=True)
     name = "decoder.embedding.weight"
     seen = [trainer.model.state_dict()[name].clone()]
     for _ in range(4):
-        trainer.step(batch)
+        take_step(trainer, batch)
         seen.append(trainer.model.state_dict()[name].clone())
     torch.testing.assert_close(trainer.average[name], torch.stack(seen).mean(0))
 
 
 def test_dropout_is_off_and_all_else_as_in_training():
-    model = tiny_model(decoder="lstm")
-    without_dropout(model)
-    assert model.decoder.lstm.training and not model.encoder.training
-    first, second = (model.encode(one_batch(model.vocabulary).inputs) for _ in range(2))
-    assert torch.equal(first, second)
+    trainer, batch = trainer_of_two("lstm")
+    model = trainer.model
+    model.decoder.lstm.dropout = 0.3
+    trainer.start_stage(critical=True)
+    with trainer.training_mode():
+        assert model.decoder.lstm.training and not model.encoder.training
+        assert model.decoder.lstm.dropout == 0
+        first, second = (model.encode(batch.inputs) for _ in range(2))
+        assert torch.equal(first, second)
+    assert model.decoder.lstm.dropout == 0.3  # and afterwards all is as it was
+    assert model.encoder.training and model.decoder.dropout.training
 
 
 CRITICAL = [*SMALL, "--scst-epochs", "2", "--scst-lr", "1e-3"]
@@ -224,12 +232,12 @@ def test_a_run_killed_in_the_second_stage_resumes_to_the_same_weights(
         import os, signal, sys
         import train, trainer
         from util import files
-        step = trainer.Trainer.step
-        def stopping(self, batch):
-            step(self, batch)
+        finish_step = trainer.Trainer.finish_step
+        def stopping(self, words):
+            finish_step(self, words)
             if self.step_number == {step}:  # six steps an epoch, two epochs a stage
                 os.kill(os.getpid(), signal.SIGTERM)
-        trainer.Trainer.step = stopping
+        trainer.Trainer.finish_step = stopping
         files.run(lambda: train.main(sys.argv[1:]))
     """
     stopped = run_code(code, *CRITICAL, "--data-dir", str(drawn), "--output", str(folder))
@@ -261,7 +269,7 @@ def test_a_run_can_begin_with_another_model(drawn, whole, tmp_path):
     assert after.config.dropout == 0.3
     for name, tensor in before.state_dict().items():
         torch.testing.assert_close(tensor, after.state_dict()[name], atol=1e-5, rtol=1e-5)
-    about = read_metadata(folder)
+    about = read_metadata(folder / "best.safetensors")
     assert about["training"]["init_from"]["epochs"] == 2
     assert str(whole) not in str(about)
     assert np.isfinite(float(rows(folder)[0]["CIDEr"]))
@@ -274,12 +282,13 @@ def test_a_run_that_begins_with_a_model_keeps_its_sizes(whole):
 
 def test_no_epochs_without_a_model_are_refused():
     with pytest.raises(ValueError, match="--epochs 0 leaves nothing to train"):
-        TrainConfig(epochs=0, scst_epochs=3)
+        configure(["--epochs", "0", "--scst-epochs", "3"])
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("scst_epochs", -1), ("scst_samples", 1), ("scst_lr", 0), ("scst_bleu", -1)]
+    ("flag", "value"),
+    [("--scst-epochs", -1), ("--scst-samples", 1), ("--scst-lr", 0.0), ("--scst-bleu", -1.0)],
 )
 def test_flags_of_the_stage_out_of_range_name_themselves(flag, value):
-    with pytest.raises(ValueError, match=f"--{flag.replace('_', '-')} {value} must be"):
-        TrainConfig(**{flag: value})
+    with pytest.raises(ValueError, match=f"{flag} {value} must be"):
+        configure([flag, str(value)])

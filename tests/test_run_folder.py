@@ -187,7 +187,7 @@ FILES = ["config.json", "best.safetensors", "metrics.csv", "learning_curve.png",
 def test_a_disk_full_at_any_file_is_one_line_and_the_file_before_stays(
     name, run, capsys, monkeypatch
 ):
-    monkeypatch.setattr(trainer.Trainer, "best", lambda self: -2.0)  # each epoch is saved
+    monkeypatch.setattr(trainer.Trainer, "best_score", lambda self: -2.0)  # each epoch is saved
     before = contents(run)
     with monkeypatch.context() as patch:
         filling(patch, name)
@@ -249,23 +249,22 @@ def test_a_run_killed_before_its_first_state_begins_anew_with_or_without_resume(
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_file(what, run, capsys, monkeypatch):
-    learn, watch, names = trainer.Trainer.learn, trainer.Trainer.watch, []
+    clip, watch, names = trainer.Trainer.clip_gradients, trainer.Trainer.watch, []
 
-    def broken(self, *given, **named):
-        objective = learn(self, *given, **named)
-        if self.step_number == 14:  # the third of the third epoch's six
-            if what == "loss":
-                return objective * float("nan")
+    def broken_clip(self):
+        if what == "gradient" and self.step_number == 14:  # the third of the third epoch's six
             next(self.model.decoder.parameters()).grad.fill_(float("nan"))
-        return objective
+        return clip(self)
 
-    def noted(self, image_ids, values):
+    def broken_watch(self, batches, values):
         if self.step_number == 14:
-            names.extend(image_ids)
-        watch(self, image_ids, values)
+            names.extend(batches[0].image_ids)
+            if what == "loss":
+                values = values * torch.tensor([float("nan"), 1.0])
+        watch(self, batches, values)
 
-    monkeypatch.setattr(trainer.Trainer, "watch", noted)
-    monkeypatch.setattr(trainer.Trainer, "learn", broken)
+    monkeypatch.setattr(trainer.Trainer, "watch", broken_watch)
+    monkeypatch.setattr(trainer.Trainer, "clip_gradients", broken_clip)
     before = contents(run)
     said = error_of("--resume", "--output", run, "--epochs", "3", capsys=capsys)
     assert f"error: the {what} became " in said
@@ -278,21 +277,21 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spoils_no_file(what, run, ca
 
 
 def test_a_rate_far_too_high_is_noticed_within_its_first_look(drawn, tmp_path, capsys):
-    argv = [*SMALL, "--data-dir", drawn, "--output", tmp_path / "run", "--lr", "1e30"]
+    argv = [*SMALL, "--data-dir", drawn, "--output", tmp_path / "run", "--lr", "1000"]
     said = error_of(*argv, capsys=capsys)
     assert "became" in said and "epoch 1, learning rate " in said
     assert not (tmp_path / "run/last.pt").exists()
 
 
 def test_a_run_stopped_after_a_loss_that_is_no_number_saves_nothing(run, capsys, monkeypatch):
-    step = trainer.Trainer.step
+    finish_step = trainer.Trainer.finish_step
 
-    def broken(self, batch):
-        step(self, batch)
-        self.unseen[-1][1].fill_(float("inf"))
+    def broken(self, words):
+        finish_step(self, words)
+        self.unchecked[-1][1].fill_(float("inf"))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(trainer.Trainer, "step", broken)
+    monkeypatch.setattr(trainer.Trainer, "finish_step", broken)
     before = (run / "last.pt").read_bytes()
     said = error_of("--resume", "--output", run, "--epochs", "3", capsys=capsys)
     assert "the loss became inf at step 13" in said
@@ -301,9 +300,12 @@ def test_a_run_stopped_after_a_loss_that_is_no_number_saves_nothing(run, capsys,
 
 def test_losses_are_looked_at_together_not_one_by_one(run, monkeypatch):
     looks = []
-    check = trainer.Trainer.check
-    monkeypatch.setattr(
-        trainer.Trainer, "check", lambda self: (looks.append(len(self.unseen)), check(self))
-    )
+    check = trainer.Trainer.check_finite
+
+    def counted(self):
+        looks.append(len(self.unchecked))
+        check(self)
+
+    monkeypatch.setattr(trainer.Trainer, "check_finite", counted)
     train.main(["--resume", "--output", str(run), "--epochs", "3"])
     assert looks == [6, 0]  # at the end of the epoch, and before its state is saved

@@ -83,6 +83,15 @@ def as_flickr8k(drawn: Path, folder: Path, lists: tuple[str, ...]) -> Path:
 
 # --- runs of train.py
 
+
+def take_step(trainer, *batches) -> None:
+    """Train one step on these micro-batches."""
+    import train
+
+    with trainer.training_mode():
+        train.train_epoch(trainer, [batches])
+
+
 ROOT = Path(__file__).parents[2]
 SMALL = ["--dataset", "shapes", "--batch-size", "4", "--epochs", "2", "--d-model", "16",
          "--n-head", "2", "--n-decode", "1", "--fc-dim", "32", "--seed", "3"]  # fmt: skip

@@ -10,7 +10,7 @@ from helpers.tiny import SLOW_TO_LOOK, SMALL, losses, torchrun
 import evaluate
 import features
 import train
-from encoder import build_trunk
+from encoder import Encoder
 
 # What differs between one process and two is the order of sums; dropout has chances of its own,
 # and a CNN that is trained from scratch has statistics of its own share.
@@ -26,18 +26,19 @@ files.run(train.main)
 AT_STEP_EIGHT = """
 import os, signal, sys
 from pathlib import Path
-from util import distributed, files, train, trainer
+import train, trainer
+from util import distributed, files
 
 marker, number = Path(sys.argv.pop(1)), getattr(signal, sys.argv.pop(1))
-step = trainer.Trainer.step
+finish_step = trainer.Trainer.finish_step
 
-def broken(self, *parts):
-    step(self, *parts)
+def broken(self, words):
+    finish_step(self, words)
     if self.step_number == 8 and distributed.rank() == 1 and not marker.exists():
         marker.touch()
         os.kill(os.getpid(), number)
 
-trainer.Trainer.step = broken
+trainer.Trainer.finish_step = broken
 files.run(train.main)
 """
 
@@ -47,7 +48,7 @@ def frozen(drawn, tmp_path_factory) -> list[str]:
     """Return the flags of a run on `drawn` with a frozen CNN."""
     folder = tmp_path_factory.mktemp("frozen")
     torch.manual_seed(0)
-    torch.save(build_trunk("tiny").state_dict(), folder / "cnn.pth")
+    torch.save(Encoder("tiny").cnn.state_dict(), folder / "cnn.pth")
     places = ["--data-dir", str(drawn), "--cache-dir", str(folder)]
     return [*EXACT, *places, "--cnn-weights", str(folder / "cnn.pth")]
 

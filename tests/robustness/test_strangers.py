@@ -130,7 +130,9 @@ SIZES = [
 @pytest.mark.parametrize(("key", "value"), SIZES)
 def test_absurd_sizes_are_refused_in_a_line(key, value, whole, tmp_path, thrifty):
     path = rewritten(whole, tmp_path / "best.safetensors", sizes={key: value})
-    refused = r"best\.safetensors (does not describe a model|has other weights than its header says)"
+    refused = (
+        r"best\.safetensors (does not describe a model|has other weights than its header says)"
+    )
     with pytest.raises(ValueError, match=refused) as caught:
         CaptionModel.load(path)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + len(str(path))

@@ -20,7 +20,7 @@ from helpers.tiny import ROOT, SMALL, as_flickr8k, assert_same_run, losses
 import dataset
 import train
 import trainer
-from encoder import build_trunk
+from encoder import Encoder
 
 if os.name != "posix":
     pytest.skip("signals and forks of POSIX", allow_module_level=True)
@@ -55,11 +55,12 @@ def marking(owner, name, phase):
     setattr(owner, name, marked)
 
 marking(features, "extract", "caching")
-marking(trainer.Trainer, "step", lambda given: "critical" if given[0].critical else "step")
+stage = lambda given: "critical" if given[0].critical else "step"
+marking(trainer.Trainer, "clip_gradients", stage)
 marking(evaluate, "caption_split", "evaluation")
 marking(evaluate, "split_loss", "evaluation")
 marking(train, "save_state", "checkpoint")
-marking(train, "write_rows", "checkpoint")
+marking(train, "write_metrics", "checkpoint")
 marking(train.CaptionModel, "save", "checkpoint")
 marking(train, "finish", "end")
 for name in ("learning_curve", "caption_page"):
@@ -178,7 +179,7 @@ def resnet(drawn, tmp_path_factory) -> list[str]:
     """Flags of a run with a frozen CNN, and so with a cache, that has both stages."""
     base = tmp_path_factory.mktemp("resnet")
     torch.manual_seed(0)
-    torch.save(build_trunk("resnet18").state_dict(), base / "resnet18.pth")
+    torch.save(Encoder("resnet18").cnn.state_dict(), base / "resnet18.pth")
     data = as_flickr8k(drawn, base / "data", ("train", "dev", "test"))
     return [
         "--cnn-backbone", "resnet18", "--cnn-weights", str(base / "resnet18.pth"), "--img-size",
@@ -267,11 +268,11 @@ class KilledError(BaseException):
 def test_a_kill_between_the_second_stages_first_files_begins_it_with_the_same_model(
     drawn, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(trainer.Trainer, "best", lambda self: -2.0)  # each epoch is saved
+    monkeypatch.setattr(trainer.Trainer, "best_score", lambda self: -2.0)  # each epoch is saved
     small = [*SMALL, "--limit", "8", "--epochs", "1", "--scst-epochs", "1", "--scst-lr", "1e-2"]
     flags = [*small, "--data-dir", str(drawn), "--output"]
     train.main([*flags, str(tmp_path / "whole")])
-    rows = train.write_rows
+    rows = train.write_metrics
 
     def killed(path, table):
         if len(table) == 2:  # best.safetensors is of the second stage already, last.pt is not
@@ -279,7 +280,7 @@ def test_a_kill_between_the_second_stages_first_files_begins_it_with_the_same_mo
         rows(path, table)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "write_rows", killed)
+        patch.setattr(train, "write_metrics", killed)
         with pytest.raises(KilledError):
             train.main([*flags, str(tmp_path / "run")])
     train.main(["--resume", "--output", str(tmp_path / "run")])
