@@ -317,9 +317,7 @@ def reward_row(machine: Machine) -> dict[str, Any]:
     for lines in documents:
         corpus += (None, [" ".join(line) for line in lines])
     corpus.compute_doc_freq()
-    prepared = metrics.CiderD(
-        [[each.split() for each in lines] for lines in references.values()], documents
-    )
+    prepared = metrics.CiderD(documents)  # of which `references` are the first 64
     found: dict[str, Any] = {}
 
     def usual() -> None:
