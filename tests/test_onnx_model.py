@@ -141,7 +141,7 @@ def test_graphs_of_different_models_are_refused(exported, tmp_path):
     other = onnx.load(graph.with_suffix(".step.onnx"))
     next(each for each in other.metadata_props if each.key == "model").value = '"another"'
     onnx.save(other, tmp_path / "mixed.step.onnx")
-    with pytest.raises(ValueError, match="are of different models; export both anew"):
+    with pytest.raises(ValueError, match="are of different models; export both again"):
         Captioner.load(tmp_path / "mixed.onnx")
 
 
