@@ -5,7 +5,7 @@ import io
 import logging
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,14 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         temporary.write_bytes(content.getbuffer())
         if last.exists():
             last.replace(folder / "previous.pt")
+
+
+def write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write metrics.csv: a row per epoch, an empty cell for what was not measured."""
+    import pandas  # slow to import
+
+    table = pandas.DataFrame(rows, dtype=object)
+    files.write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
 def load_state(folder: Path) -> dict[str, Any] | None:

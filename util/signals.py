@@ -49,7 +49,7 @@ class Interrupts:
             raise StoppedError
 
     def stop_between_alone(self, items: Iterable[T]) -> Iterator[T]:
-        """Do the same where ranks iterate over different numbers of items: only a single one stops."""
+        """Do the same where ranks have different numbers of items: then they do not stop."""
         return self.stop_between(items) if distributed.world_size() == 1 else iter(items)
 
 
