@@ -127,8 +127,12 @@ def is_mirrored(view: int) -> bool:
 def collate_fn(items: Sequence[tuple]) -> Batch:
     """Return the batch of `items`: inputs stacked, captions padded to the longest of the batch.
 
-    Items without an id (None) have none in the batch either.
+    Items without an id (None) have none in the batch either. A rank without images of a step has a
+    batch of none.
     """
+    if not items:
+        nothing = torch.zeros(0, dtype=torch.int64)
+        return Batch([], torch.zeros(0), nothing.view(0, 0), nothing, [])
     image_ids, inputs, tokens, references = zip(*items, strict=True)
     rows = [torch.tensor(caption) for captions in tokens for caption in captions]
     padded = torch.empty(0, 0, dtype=torch.int64)

@@ -9,7 +9,7 @@ is split into files `NAME-00000.npy`, ..., each with its own .json; `NAME.json` 
 images each file has. An interrupted extraction continues where it stopped. Processes that need the
 same cache at once extract each file only once.
 
-As a script, `python features.py --shards DIR` writes a dataset as tar shards (`shard_writer.py`).
+As a script, `python features.py --shards DIR` writes a dataset as tar shards (`shards.py`).
 """
 
 import errno
@@ -19,8 +19,9 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,8 +38,16 @@ from encoder import (
     image_transform,
     multiplies_bfloat16,
 )
-from readers import MAX_LEFT_OUT, UNREADABLE, Record, report_left_out
-from shard_writer import main
+from readers import (
+    DATASETS,
+    MAX_LEFT_OUT,
+    UNREADABLE,
+    Record,
+    SplitMissingError,
+    load_split,
+    report_left_out,
+)
+from shards import SPLITS, write_shards
 from util import files
 from util.files import UserError
 from util.images import read_image
@@ -410,6 +419,72 @@ class ImageViews(Dataset):
             views.append(pixels.flip(-1) if is_mirrored(view) else pixels)
         # The same seed as inference.Captioner's, so that both sample the same captions.
         return torch.stack(views), zlib.crc32(original.contiguous().numpy()), True
+
+
+# ---- script ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Config:
+    """The flags of this script."""
+
+    shards: Path
+    """Write the dataset as WebDataset tar shards into this folder."""
+    dataset: Literal[tuple(DATASETS)] = "flickr8k"
+    """Dataset to write."""
+    data_dir: str | None = None
+    """Folder of the dataset's own files (default: data/DATASET)."""
+    split_seed: int = 0
+    """Seed of the split where the dataset has none of its own."""
+    shard_size: int = 1000
+    """Images in a shard."""
+    seed: int = 0
+    """Seed of the order in which images are put into shards."""
+    limit: int | None = None
+    """Use only this many images of each split, for quick trials."""
+    workers: int | None = None
+    """Threads that read images (default: one for each processor)."""
+    json: Path | None = None
+    """Write the images and captions of each shard to this JSON file."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard_size", "limit", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Write the splits that the dataset has as tar shards."""
+    config = files.parse(
+        Config, argv, program="features.py", description="Write a dataset as tar shards."
+    )
+    files.check_writable(config.json, config.shards / "index.json")
+    splits, missing = {}, None
+    for split in SPLITS:
+        try:
+            records = load_split(config.dataset, config.data_dir, split, config.split_seed)
+            splits[split] = records[: config.limit]
+        except SplitMissingError as error:
+            missing = error
+    if not splits:
+        raise missing
+    index = write_shards(
+        splits,
+        config.shards,
+        config.dataset,
+        report_left_out,
+        shard_size=config.shard_size,
+        seed=config.seed,
+        workers=config.workers,
+    )
+    written = {split: part["shards"] for split, part in index["splits"].items()}
+    for split, parts in written.items():
+        images, captions = (sum(one[name] for one in parts) for name in ("images", "captions"))
+        print(f"{split}: {images} images with {captions} captions in {len(parts)} shards")
+    print(f"train from them: python train.py --dataset shards --data-dir {config.shards}")
+    if config.json:
+        files.write_json(config.json, {"dataset": index["dataset"], "splits": written})
 
 
 if __name__ == "__main__":

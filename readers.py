@@ -8,8 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import re
-import shutil
 from array import array
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +21,7 @@ from tqdm import tqdm
 import shards
 from compact import Gathered, Texts, id_list, same, shortest
 from shards import SPLITS
-from util import files, shapes
+from util import files, shapes, tars
 from util.files import UserError
 from util.images import read_image
 
@@ -668,7 +666,12 @@ def read_shards(
 
     `root` is the folder of the shards, or its address.
     """
-    return unpacked(str(root), split, cache_dir)
+    check_shards(root, split, cache_dir)
+    records = [Record(*row) for row in shards.unpack_images(root, split, cache_dir)]
+    found = [record for record in records if record.path.exists()]
+    lost = sorted({record.image_id for record in records} - {one.image_id for one in found})
+    report_left_out(lost, len(records), f"of the {split} split are missing in their shards")
+    return Records.of(found)
 
 
 TABLES = (".csv", ".tsv", ".jsonl")
@@ -768,7 +771,7 @@ def data_folder(dataset: str, data_dir: str | Path | None) -> Path | str:
 
     Shards may have an address, which stays text: a Path would spoil it.
     """
-    if data_dir and shards.is_address(str(data_dir)):
+    if data_dir and tars.is_address(str(data_dir)):
         if dataset != "shards":
             raise UserError(
                 f"--data-dir {data_dir} is an address, and {dataset} is read from a folder; only "
@@ -800,71 +803,17 @@ def load_split(
     return DATASETS[dataset](root, split, split_seed)
 
 
-def listed(root: str, split: str) -> "Records":
-    """Return ids and captions of a split's images, shard after shard, from its list alone.
+def list_shards(root: Path | str, split: str, cache_dir: Path) -> Records:
+    """Return ids and captions of a split's images, read from the shards' list alone.
 
     The `path` of each is shard / name in it: not a file, but where it comes from.
     """
-    index = shards.read_index(root)
-    parts = index.splits.get(split)
-    if not parts:
-        raise missing_split(Path(root), split, list(index.splits))
-    name = f"{split}.jsonl.gz"
-    rows, records = shards._rows(root, name), Records()
-    for shard in parts:
-        folder = Path(shard.name)
-        for _ in range(shard.images):
-            row = next(rows, None)
-            if row is None:
-                raise UserError(
-                    f"{shards.place_of(root, name)} has fewer images than {shards.INDEX} says"
-                )
-            file, image_id, captions = row
-            records.add(image_id, folder, file, captions)
-    if next(rows, None) is not None:
-        raise UserError(f"{shards.place_of(root, name)} has more images than {shards.INDEX} says")
-    return records.pack()
+    check_shards(root, split, cache_dir)
+    return Records.of(Record(*row) for row in shards.read_rows(root, split, cache_dir))
 
 
-def unpacked(root: str, split: str, folder: Path) -> "Records":
-    """Return the records of a split, its images unpacked into `folder` the first time."""
-    index = shards.read_index(root)
-    records = listed(root, split)
-    place = folder / f"shards-{index.fingerprint[:16]}-{split}"
-    place = place.with_name(re.sub(r"[^A-Za-z0-9-]", "", place.name))  # an index may be anybody's
-    with files.lock(place.with_suffix(".lock")):
-        if not place.is_dir():
-            _unpack(root, index.splits[split], records, place)
-    there = set(os.listdir(place))
-    made, lost = Records(), []
-    for image_id, path, captions in records:
-        if path.name in there:
-            made.add(image_id, place, path.name, captions)
-        else:
-            lost.append(image_id)
-    try:
-        report_left_out(lost, len(records), f"of the {split} split are missing in their shards")
-    except ValueError:
-        shutil.rmtree(place)  # repaired shards are unpacked anew
-        raise
-    return made.pack()
-
-
-def _unpack(root: str, parts: Sequence[shards.Shard], records: "Records", place: Path) -> None:
-    part, start = place.with_suffix(".part"), 0
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    bar = tqdm(total=len(records), desc=f"unpacking {place.name}", unit=" images", disable=None)
-    try:
-        with bar:
-            for shard in parts:
-                names = [record.path.name for record in records[start : start + shard.images]]
-                for name, content in shards.samples(
-                    root, shard.name, {name: name for name in names}
-                ):
-                    (part / name).write_bytes(content)
-                    bar.update()
-                start += shard.images
-        part.replace(place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # a full disk is not left full
+def check_shards(root: Path | str, split: str, cache_dir: Path) -> None:
+    """Raise SplitMissingError where the shards have no such split."""
+    splits = shards.read_index(root, cache_dir)["splits"]
+    if split not in splits:
+        raise missing_split(Path(root), split, list(splits))

@@ -1,222 +1,408 @@
-"""Tar shards, as the webdataset library reads them: images and captions in few large files.
+"""WebDataset tar shards as img2dataset writes them: large datasets in few files, or at an address.
 
-A folder of shards, or the address of one, holds
-
-- `train-000000.tar` … (and those of val and test): of each image `KEY.jpg`, the file as it was, and
-  `KEY.json`, {"image_id": …, "captions": […]}, in an order by chance;
-- `train.jsonl.gz` …: a row [name in the tar, image id, captions] of each image, in that order, so
-  that words can be counted and shares divided before any image is read;
-- `index.json`: how many images and captions each shard has.
+For each image a tar holds `KEY.jpg` (the file as it was), `KEY.txt` (its first caption) and
+`KEY.json` ({"image_id": …, "captions": […]}). Beside the tars, `index.json` has the number of
+images in each, and `SPLIT.jsonl.gz` lists [name in the tar, image id, captions], so that words are
+counted without reading images. For a folder without them, both are made in the cache folder.
 """
 
 import contextlib
 import gzip
+import hashlib
 import io
 import json
-import logging
+import os
+import random
 import re
-import tarfile
+import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import chain, groupby, pairwise, repeat
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+from tqdm import tqdm
+
+from util import files
 from util.files import UserError
+from util.images import EXTENSIONS, read_image
+from util.seeding import derive_seed
+from util.signals import block_signals, ignore_signals
+from util.tars import import_webdataset, is_address, locate, open_file, read_tar
 
 SPLITS = ("train", "val", "test")
+FORMAT, VERSION, INDEX = "image-captioning shards", 1, "index.json"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9]+)+")  # of a file, never a path
+BUFFER = 1000  # image files in the shuffle buffer: about 100 MB
 
 
-log = logging.getLogger(__name__)
+class Row(NamedTuple):
+    """An image and its captions, as `readers.Record`; `path` is shard / name in the shard."""
 
-FORMAT, VERSION = "image-captioning shards", 1
-INDEX = "index.json"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9]+)+")  # of a file here: never a path
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")  # two letters or more: C: is a disk
-MOST_BYTES = 200 * 2**20  # of an image file; a larger one is left out
-CHUNK = 2**20  # bytes that are asked for at a time
-MOST_LINE = 20 * 2**20  # of a row of captions
-# What a list that is damaged, or none, raises where it is unpacked and read.
-DAMAGED = (ValueError, TypeError, RecursionError, EOFError, gzip.BadGzipFile, zlib.error)
-T = TypeVar("T")
+    image_id: str | int
+    path: Path
+    captions: tuple[str, ...]
 
 
-class Shard(NamedTuple):
-    """A tar file and how much is in it."""
-
-    name: str
-    images: int
-    captions: int
+# ---- reading ---------------------------------------------------------------------------------
 
 
-class Index(NamedTuple):
-    """What `index.json` says: the shards of each split, and a digest of all that was written."""
-
-    dataset: str
-    fingerprint: str
-    splits: dict[str, list[Shard]]
-
-
-def read_index(root: str) -> Index:
-    """Return what the index of the shards at `root` says; ValueError where it is none."""
-    where = place_of(root, INDEX)
+def read_index(root: str | Path, cache_dir: Path) -> dict[str, Any]:
+    """Return the index of the shards, with `place`: the folder or address where it is."""
+    where = locate(str(root), INDEX)
     if not is_address(where) and not Path(where).is_file():
-        raise FileNotFoundError(
-            f"no shards in {root}: there is no {INDEX}; write some with python features.py "
-            "--shards DIR, and give --data-dir, their folder or its address"
-        )
-    with opened(root, INDEX) as stream:
-        text = stream.read()
-        check_whole(stream, where)
+        root = index_folder(Path(root).expanduser(), cache_dir)
+    with open_file(str(root), INDEX) as stream:
+        content = stream.read()
     try:
-        about = json.loads(text)
-        if about["format"] != FORMAT or about["version"] != VERSION:
-            raise UserError(f"format {about['format']!r}, version {about['version']!r}")
-        splits = {
-            split: [_shard(each) for each in about["splits"][split]["shards"]]
-            for split in SPLITS
-            if split in about["splits"]
-        }
-        return Index(str(about["dataset"]), str(about["fingerprint"]), splits)
+        index = json.loads(content)
+        if (index["format"], index["version"]) != (FORMAT, VERSION):
+            raise UserError(f"format {index['format']!r}, version {index['version']!r}")
+        for shard in chain(*(split["shards"] for split in index["splits"].values())):
+            count = shard["images"]
+            if (
+                not NAME.fullmatch(shard["name"])
+                or type(count) is not int
+                or not 0 <= count < 2**40
+            ):
+                raise UserError(f"shard {shard}")
+        return index | {"place": str(root)}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{where} is not an index of shards as features.py --shards writes it "
-            f"({type(error).__name__}: {str(error)[:100]})"
-        ) from error
+        raise UserError(f"{where} is not an index of shards ({error!r:.100})") from error
 
 
-def _shard(about: Any) -> Shard:
-    shard = Shard(about["name"], about["images"], about["captions"])
-    if not NAME.fullmatch(shard.name) or not all(
-        type(count) is int and 0 <= count < 2**40 for count in shard[1:]
-    ):
-        raise UserError(f"the shard {str(shard)[:60]}")
-    return shard
-
-
-def _rows(root: str, name: str) -> Iterator[tuple[str, str | int, list[str]]]:
-    """Yield name in the tar, image id and captions of each image of a list."""
-    where, kind, number = place_of(root, name), None, 0
+def read_rows(root: str | Path, split: str, cache_dir: Path) -> list[Row]:
+    """Return the images and captions of a split that the index has, without reading images."""
+    index, name, rows = read_index(root, cache_dir), f"{split}.jsonl.gz", []
+    shards = index["splits"][split]["shards"]
+    folders = chain(*(repeat(Path(shard["name"]), shard["images"]) for shard in shards))
+    with open_file(index["place"], name) as stream:
+        packed = io.BytesIO(stream.read())
     try:
-        with opened(root, name) as stream, gzip.GzipFile(fileobj=_Seekless(stream)) as unpacked:
-            while line := unpacked.readline(MOST_LINE):
+        with gzip.open(packed) as lines:
+            for line, folder in zip(lines, folders, strict=True):
                 file, image_id, captions = json.loads(line)
-                kind, number = kind or type(image_id), number + 1
-                _check_row(file, image_id, captions, kind)
-                yield file, image_id, captions
-            check_whole(stream, where)
-    except DAMAGED as error:
-        raise UserError(
-            f"{where} is not a list of captions as features.py --shards writes it, or damaged "
-            f"(after row {number}: {str(error)[:100]})"
-        ) from error
+                good = type(image_id) in (str, int) and type(captions) is list and captions
+                if not good or not NAME.fullmatch(file):
+                    raise ValueError(f"the row {[file, image_id, captions]}")
+                rows.append(Row(image_id, folder / file, tuple(map(str.strip, captions))))
+    except (ValueError, TypeError, RecursionError, EOFError, OSError, zlib.error) as error:
+        where = locate(index["place"], name)
+        text = f"is damaged, or not the list of captions that {INDEX} describes"
+        raise UserError(f"{where} {text} (after {len(rows)} good rows)") from error
+    return rows
 
 
-def _check_row(file: Any, image_id: Any, captions: Any, kind: type) -> None:
-    """Raise ValueError where a row is not what `_write_list` writes; all ids are of one `kind`."""
-    if not (isinstance(file, str) and NAME.fullmatch(file)):
-        raise UserError(f"the name {str(file)[:60]!r}")
-    whole = kind is int and -(2**63) <= image_id < 2**63
-    if type(image_id) is not kind or not (kind is str or whole):
-        raise UserError(f"the image id {str(image_id)[:60]!r}")
-    texts = isinstance(captions, list) and all(isinstance(line, str) for line in captions)
-    if not captions or not texts:
-        raise UserError(f"the captions {str(captions)[:60]}")
-
-
-class _Seekless(io.RawIOBase):
-    """A stream that can be read and nothing else, as gzip wants it."""
-
-    def __init__(self, stream: Any):
-        self.stream = stream
-
-    def keep_readable(self) -> bool:
-        return True
-
-    def read(self, size: int = -1) -> bytes:
-        return self.stream.read(size)
-
-
-def samples(root: str, shard: str, wanted: dict[str, T]) -> Iterator[tuple[T, bytes]]:
-    """Yield those of `wanted` (by name in the tar) that the shard holds, with their contents.
-
-    They are taken out of `wanted`; what stays in it is missing or damaged. Nothing but regular
-    files of exactly these names is looked at, and nothing is unpacked to a path a tar names.
-    """
-    where = place_of(root, shard)
-    with opened(root, shard) as stream:
-        try:
-            with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK) as tar:
-                for member in tar:
-                    if member.isreg() and member.name in wanted and member.size <= MOST_BYTES:
-                        content = tar.extractfile(member).read()
-                        yield wanted.pop(member.name), content
-                    if not wanted:
-                        return
-                    tar.members = []  # tarfile would remember them all
-        except (tarfile.TarError, EOFError, ValueError) as error:
-            log.warning("%s is damaged (%s)", where, error)
-        check_whole(stream, where)
-
-
-def is_address(place: str) -> bool:
-    return ADDRESS.match(place) is not None
-
-
-def place_of(root: str, name: str) -> str:
-    """Return where the file `name` of the shards at `root` is: a path or an address.
-
-    In an address {} stands for the name, else it comes at the end.
-    """
-    if not is_address(root):
-        return str(Path(root).expanduser() / name)
-    if "{}" in root:
-        return root.replace("{}", name)
-    if root.startswith("pipe:"):
-        raise UserError(
-            f"--data-dir {root!r} is a command that names no file; put {{}} where the name of an "
-            "index, list or shard goes"
+def index_folder(folder: Path, cache_dir: Path) -> Path:
+    """Return a folder in `cache_dir` with index and list of tars that have none: all are train."""
+    tars = sorted(path for path in folder.glob("*.tar") if NAME.fullmatch(path.name))
+    if not tars:
+        raise FileNotFoundError(
+            f"no shards in {folder}; write some with python features.py --shards DIR, or give "
+            "--data-dir, a folder of tars or the address of one with an index.json"
         )
-    return f"{root.rstrip('/')}/{name}"
+    stats = [(path.stat().st_size, path.stat().st_mtime_ns) for path in tars]
+    fingerprint = f"{derive_seed(folder.resolve(), *zip(tars, stats, strict=True)):014x}"
+    place = cache_dir / f"shards-{fingerprint}"
+    with files.lock(place.with_suffix(".lock")):
+        if not (place / INDEX).exists():
+            bar = tqdm(tars, desc="reading captions", unit=" shards", disable=None)
+            rows = {path.name: read_captions(folder, path.name) for path in bar}
+            write_index(place, folder.name, fingerprint, {"train": rows})
+    return place
 
 
-@contextlib.contextmanager
-def opened(root: str, name: str) -> Iterator[Any]:
-    """Lend a binary stream of a file of the shards at `root`; OSError where it can't be had."""
-    where = place_of(root, name)
-    stream = (_gopen if is_address(where) else io.FileIO)(where)
+def read_captions(folder: Path, shard: str) -> list[list]:
+    """Return [name, image id, captions] of the images of a shard that have a caption."""
+    names: list[str] = []
+
+    def is_text(name: str) -> bool:
+        names.append(name)
+        return name.endswith((".txt", ".json"))
+
+    texts, rows = dict(read_tar(str(folder), shard, is_text)), []
+    for name in filter(NAME.fullmatch, names):
+        key, extension = name.split(".", 1)
+        if f".{extension.lower()}" not in EXTENSIONS:
+            continue
+        about = {}
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            about = dict(json.loads(texts.get(f"{key}.json", b"{}")))
+        text = texts.get(f"{key}.txt", b"").decode("utf-8", "replace")
+        captions = about.get("captions") or [text or about.get("caption")]
+        # Keys of two shards may be the same; image ids must differ.
+        image_id = about.get("image_id") or f"{shard.removesuffix('.tar')}/{name}"
+        if all(isinstance(caption, str) and caption.strip() for caption in captions):
+            rows.append([name, image_id, captions])
+    return rows
+
+
+def read_images(root: str | Path, rows: Sequence[Row]) -> Iterator[tuple[Row, bytes | None]]:
+    """Yield the rows with their image files, shard after shard; None for a missing file."""
+    for shard, group in groupby(rows, key=lambda row: row.path.parent):
+        missing = {row.path.name: row for row in group}
+        for name, content in read_tar(str(root), str(shard), missing.__contains__):
+            yield missing.pop(name), content
+            if not missing:
+                break
+        yield from ((row, None) for row in missing.values())
+
+
+def unpack_images(root: str | Path, split: str, cache_dir: Path) -> list[Row]:
+    """Return the rows with the paths of their image files, unpacked into `cache_dir` once.
+
+    The file of an image that the shards lack is not there; it is searched again next time.
+    """
+    rows = read_rows(root, split, cache_dir)
+    fingerprint = derive_seed(read_index(root, cache_dir)["fingerprint"])
+    place = cache_dir / f"shards-{fingerprint:014x}-{split}"
+    with files.lock(place.with_suffix(".lock")):
+        missing = [row for row in rows if not (place / row.path).exists()]
+        images = read_images(root, missing) if missing else ()
+        for row, content in tqdm(images, desc=f"unpacking {split}", unit=" images", disable=None):
+            if content is not None:
+                (place / row.path).parent.mkdir(parents=True, exist_ok=True)
+                (place / "part").write_bytes(content)
+                (place / "part").replace(place / row.path)
+    return [row._replace(path=place / row.path) for row in rows]
+
+
+# ---- writing ---------------------------------------------------------------------------------
+
+
+def write_shards(
+    splits: Mapping[str, Sequence[Row]],
+    folder: Path,
+    dataset: str,
+    report: Callable[[list, int, str], None],
+    *,
+    shard_size: int = 1000,
+    seed: int = 0,
+    workers: int | None = None,
+) -> dict[str, Any]:
+    """Write each split's records as shards, in a random order, and return their index.
+
+    `report` is called with the ids of images that can't be read, which are left out, their total
+    and the reason. The index is written last: without it, the next call begins again.
+    """
+    ordered = {
+        split: sorted(records, key=lambda record: derive_seed(seed, record.image_id))
+        for split, records in splits.items()
+    }
+    digest = hashlib.sha256(f"{VERSION}/{shard_size}".encode())
+    for split, record in ((split, one) for split, records in ordered.items() for one in records):
+        size = record.path.stat().st_size if record.path.is_file() else -1
+        digest.update(json.dumps([split, record.image_id, size, record.captions]).encode())
+    unfinished = folder / ".unfinished"
+    with files.lock(folder / ".lock", 10, f"another process is writing shards into {folder}"):
+        if (folder / INDEX).exists():
+            if (index := files.read_json(folder / INDEX))["fingerprint"] == digest.hexdigest():
+                return index
+        elif unfinished.exists():
+            for left in folder.glob("*-??????*.tar"):
+                left.unlink()
+        if any(folder.glob("*.tar")):
+            raise UserError(
+                f"{folder} holds tar files of other data, or of another --shard-size or --seed; "
+                "name another folder, or delete them"
+            )
+        unfinished.touch()
+        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+            rows = {
+                split: write_tars(folder, split, records, shard_size, pool, report)
+                for split, records in ordered.items()
+            }
+        index = write_index(folder, dataset, digest.hexdigest(), rows)
+        unfinished.unlink()
+    return index
+
+
+def write_tars(
+    folder: Path, split: str, records: Sequence[Row], shard_size: int, pool: Any, report: Callable
+) -> dict[str, list[list]]:
+    """Write the tars of a split; return [name, image id, captions] of their images by tar."""
+    rows: dict[str, list[list]] = {}
+    lost = []
+    starts = range(0, len(records), shard_size)
+    for start in tqdm(starts, desc=split, unit=" shards", disable=None, leave=False):
+        part = records[start : start + shard_size]
+        contents = pool.map(read_checked, [record.path for record in part])
+        path = folder / f"{split}-{start // shard_size:06}.tar"
+        rows[path.name] = []
+        with (
+            files.replacing(path) as temporary,
+            open(temporary, "wb") as stream,
+            import_webdataset().TarWriter(stream, mtime=0) as tar,
+        ):
+            for number, (record, content) in enumerate(zip(part, contents, strict=True), start):
+                if content is None:
+                    lost.append(record.image_id)
+                    continue
+                suffix = record.path.suffix.lower()
+                extension = suffix[1:] if suffix in EXTENSIONS else "img"
+                about = {"image_id": record.image_id, "captions": record.captions}
+                tar.write({
+                    "__key__": f"{number:09}",
+                    extension: content,
+                    "txt": record.captions[0].encode("utf-8", "replace"),
+                    "json": json.dumps(about).encode(),
+                })  # fmt: skip
+                rows[path.name].append([f"{number:09}.{extension}", *about.values()])
+    report(lost, len(records), "can't be read")
+    return rows
+
+
+def read_checked(path: Path) -> bytes | None:
+    """Return an image file's bytes, None where it is no image that can be read."""
     try:
-        yield stream
-    except OSError as error:
-        if error.errno or isinstance(error, gzip.BadGzipFile):
-            raise
-        raise _unreachable(where, stream) from error
-    finally:
-        with contextlib.suppress(OSError):  # a program that was stopped in the middle complains
-            stream.close()
+        content = path.read_bytes()
+        read_image(content)
+        return content
+    except (UserError, FileNotFoundError, PermissionError):
+        return None
 
 
-def _gopen(where: str) -> Any:
-    try:
-        import webdataset
-    except ImportError as error:
-        raise UserError(
-            f"{where} is read by the library webdataset, which is not installed: pip install -r "
-            "requirements-shards.txt (shards in a folder need none)"
-        ) from error
-    return webdataset.gopen(where)
+def write_index(
+    folder: Path, dataset: str, fingerprint: str, rows: Mapping[str, Mapping[str, list]]
+) -> dict[str, Any]:
+    """Write the lists and the index of `rows` by split and shard; return the index."""
+    index = {"format": FORMAT, "version": VERSION, "dataset": dataset, "fingerprint": fingerprint}
+    index["splits"] = {}
+    for split, shards in rows.items():
+        counts = [
+            {"name": name, "images": len(part), "captions": sum(len(row[2]) for row in part)}
+            for name, part in shards.items()
+        ]
+        with (
+            files.replacing(folder / f"{split}.jsonl.gz") as temporary,
+            open(temporary, "wb") as raw,
+            gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as packed,
+        ):
+            for row in chain(*shards.values()):
+                packed.write(json.dumps(row).encode() + b"\n")
+        index["splits"][split] = {"list": f"{split}.jsonl.gz", "shards": counts}
+    files.write_json(folder / INDEX, index)
+    return index
 
 
-def check_whole(stream: Any, where: str) -> None:
-    """Raise OSError where a stream that was read to its end is not all there was."""
-    try:
-        stream.close()
-    except OSError as error:
-        raise _unreachable(where, stream) from error
+# ---- training --------------------------------------------------------------------------------
 
 
-def _unreachable(where: str, stream: Any) -> OSError:
-    status = getattr(stream, "status", None)
-    return OSError(f"{where} can't be read (what fetches it ended with code {status})")
+class ShardStream(IterableDataset):
+    """A rank's micro-batches of an epoch, and last the error that ended it, if one did."""
+
+    def __init__(self, dataset, root, reading, batches, threads, collate_fn, report):
+        """`reading` has the records in the order of the shards, `batches` in that of training."""
+        self.dataset, self.root, self.reading, self.batches = dataset, root, reading, batches
+        self.threads, self.collate_fn, self.report = threads, collate_fn, report
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            with ThreadPoolExecutor(self.threads or 1) as pool:
+                yield from self.make_batches(pool.map if self.threads else map)
+        except (UserError, OSError) as error:  # DataLoader would add the traceback of its worker
+            yield error
+
+    def make_batches(self, run: Callable) -> Iterator[Any]:
+        """Yield the collated batches, images decoded by `run`, a map."""
+        needed = {record.path for record in chain(*self.batches)}
+        images = read_images(self.root, [one for one in self.reading if one.path in needed])
+        buffer: dict[Path, bytes | None] = {}
+        # Augmentation draws from torch's one generator, which threads would share.
+        augments = self.dataset.flip or getattr(self.dataset.transform, "crop", False)
+        lock = threading.Lock() if augments else contextlib.nullcontext()
+
+        def read_file(record: Row) -> bytes | None:
+            while record.path not in buffer:
+                found, content = next(images)
+                buffer[found.path] = content
+            return buffer.pop(record.path)
+
+        def make_item(record: Row, content: bytes | None) -> tuple | None:
+            try:
+                image = content and read_image(content)
+            except UserError:
+                image = None
+            with lock:
+                return self.dataset.item(record, image) if image else None
+
+        made = (run(make_item, part, [*map(read_file, part)]) for part in self.batches)
+        lost: list[str | int] = []
+        # In pairs, so that one batch is read while threads decode the one before.
+        for part, (items, _) in zip(self.batches, pairwise(chain(made, [None])), strict=True):
+            items = list(items)
+            lost += [one.image_id for one, item in zip(part, items, strict=True) if item is None]
+            if len(lost) > 1 + len(needed) // 50:  # far too many: raise now, not after the epoch
+                self.report(lost, len(needed), "of the shards can't be read")
+            yield self.collate_fn([item for item in items if item is not None])
+        self.report(lost, len(needed), "of the shards can't be read")
 
 
-# ---- small splits ----------------------------------------------------------------------------
+class StreamLoader(DataLoader):
+    """A loader of a `ShardStream`, whose error it raises."""
+
+    def __iter__(self) -> Iterator[Any]:
+        with block_signals():  # the worker starts here
+            batches = super().__iter__()
+        error = None
+        for batch in batches:
+            if isinstance(batch, Exception):
+                error = batch
+                break
+            yield batch
+        del batches  # ends the worker, which the error's traceback would keep
+        if error:
+            raise error
+
+
+def stream_loader(
+    dataset: Any,
+    root: str | Path,
+    batch_size: int,
+    collate_fn: Callable,
+    report: Callable,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    skip: int = 0,
+    workers: int = 0,
+    accumulate: int = 1,
+    rank: int = 0,
+    world: int = 1,
+) -> StreamLoader:
+    """Return a loader of an epoch's training batches, as `dataset.get_loader` does for files.
+
+    `dataset` is a `CaptionDataset` of the rows of the train split, or the first of them. The shards
+    in a random order are one long sequence of images; each rank reads an unbroken part of it and
+    shuffles it in a buffer, depending on (seed, epoch, rank, world) alone. A resumed epoch opens
+    only the shards it still needs. All ranks have the same number of batches, some may be empty.
+    One process reads ahead, with `workers` threads that decode.
+    """
+    shards = [list(group) for _, group in groupby(dataset.records, lambda row: row.path.parent)]
+    random.Random(derive_seed("shards", seed, epoch)).shuffle(shards)
+    sequence, total = list(chain(*shards)), len(dataset.records)
+    # (n + rank) // world of the first n images are a rank's: over all ranks that makes n.
+    start = sum((total + other) // world for other in range(rank))
+    reading = sequence[start : start + (total + rank) // world]
+    # The records are shuffled as the buffer would shuffle images, before any image is read.
+    rng = random.Random(derive_seed("buffer", seed, epoch, rank, world))
+    shuffle = import_webdataset().shuffle(BUFFER, initial=BUFFER, rng=rng)
+    order = list(shuffle(iter(reading)))
+    ends = [(min(end, total) + rank) // world for end in range(0, total + batch_size, batch_size)]
+    batches = [order[first:last] for first, last in pairwise(ends)][skip:]
+    parts = [batch[part::accumulate] for batch in batches for part in range(accumulate)]
+    dataset = replace(dataset, epoch=epoch)  # its own: another epoch's loader may still be in use
+    return StreamLoader(
+        ShardStream(dataset, str(root), reading, parts, workers, collate_fn, report),
+        batch_size=None,
+        num_workers=1 if workers and parts else 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_signals,
+    )

@@ -15,23 +15,31 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 from tqdm import tqdm
 
 import readers
 from config import Config, configure, flatten
-from dataset import CaptionDataset, get_loader
+from dataset import CaptionDataset, collate_fn, get_loader
 from decoding import DecodingConfig
 from encoder import Encoder, build_encoder, image_transform
 from evaluate import print_scores, score_split
 from features import FeatureCache, cached_features
 from losses import Reward, sample_captions
 from model import CaptionModel, read_metadata
-from readers import Record, SplitMissingError, data_folder, keep_readable, load_split
-from streaming import stream_loader
+from readers import (
+    Record,
+    SplitMissingError,
+    data_folder,
+    keep_readable,
+    load_split,
+    report_left_out,
+)
+from shards import stream_loader
 from trainer import Trainer
 from util import distributed, files, plots
-from util.checkpoints import load_state, run_folder, save_state, write_metrics
+from util.checkpoints import load_state, run_folder, save_state
 from util.distributed import pick_device
 from util.files import UserError
 from util.images import read_image
@@ -126,7 +134,8 @@ def load_records(config: Config, split: str) -> Sequence[Record]:
             raise UserError(
                 f"--views {data.views} is for a feature cache, and shards are read without one"
             )
-        return readers.listed(str(data_folder(data.dataset, data.data_dir)), split)
+        root = data_folder(data.dataset, data.data_dir)
+        return readers.list_shards(root, split, data.cache_dir)
     where = (data.dataset, data.data_dir, split, data.split_seed)
     return load_split(*where, cache_dir=data.cache_dir)
 
@@ -218,8 +227,8 @@ def load_epoch(trainer: Trainer, config: Config, records: Sequence[Record], cach
         "world": distributed.world_size(),
     }
     if data.dataset == "shards":
-        root = str(data_folder("shards", data.data_dir))
-        return stream_loader(dataset, root, config.train.batch_size, **options)
+        root, stream = data_folder("shards", data.data_dir), (collate_fn, report_left_out)
+        return stream_loader(dataset, root, config.train.batch_size, *stream, **options)
     return get_loader(dataset, config.train.batch_size, shuffle=True, **options)
 
 
@@ -390,6 +399,12 @@ def write_state(folder: Path, trainer: Trainer) -> None:
     state = trainer.state()
     if distributed.is_main():
         save_state(folder, state)
+
+
+def write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write metrics.csv: a row per epoch, an empty cell for what was not measured."""
+    table = pandas.DataFrame(rows, dtype=object)
+    files.write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
 def write_samples(path: Path, records: Sequence[Record], captions: dict[Any, str]) -> None:

@@ -21,11 +21,10 @@ sys.path.insert(0, str(ROOT))
 
 from synthetic import captions, photographs, vocabulary  # noqa: E402
 
-from dataset import Batch, CaptionDataset, get_loader  # noqa: E402
+from dataset import Batch, CaptionDataset, collate_fn, get_loader  # noqa: E402
 from encoder import image_transform  # noqa: E402
-from readers import Record  # noqa: E402
-from shard_writer import write_shards  # noqa: E402
-from streaming import stream_loader  # noqa: E402
+from readers import Record, report_left_out  # noqa: E402
+from shards import stream_loader, write_shards  # noqa: E402
 from util import files  # noqa: E402
 
 ROUNDS = 3
@@ -97,18 +96,22 @@ def main(argv: list[str] | None = None) -> None:
             for path, lines in zip(photographs(folder / "photos", count), said, strict=True)
         ]
         clock = Clock()
-        write_shards({"train": plain}, folder / "shards", "csv", shard_size=config.shard_size)
+        written = folder / "shards"
+        write_shards(
+            {"train": plain}, written, "csv", report_left_out, shard_size=config.shard_size
+        )
         rows.append({"what": "written", **clock.rates(count)})
         words, transform = vocabulary(), image_transform(config.img_size, train=False)
-        streamed = CaptionDataset(
-            readers.listed(str(folder / "shards"), "train"), words, 30, transform
-        )
+        listed = readers.list_shards(written, "train", folder / "cache")
+        streamed = CaptionDataset(listed, words, 30, transform)
         filed = CaptionDataset(plain, words, 30, transform)
         for workers in config.workers:
-            how = {"batch_size": config.batch_size, "workers": workers}
+            size, stream = config.batch_size, (collate_fn, report_left_out)
             ways = {
-                "streamed": partial(stream_loader, streamed, str(folder / "shards"), **how),
-                "from files": partial(get_loader, filed, shuffle=True, **how),
+                "streamed": partial(
+                    stream_loader, streamed, written, size, *stream, workers=workers
+                ),
+                "from files": partial(get_loader, filed, size, shuffle=True, workers=workers),
             }
             for _ in range(ROUNDS):
                 for name, way in ways.items():

@@ -11,45 +11,45 @@ T = TypeVar("T")
 
 
 class StoppedError(Exception):
-    """The run was asked to stop, and is between two steps."""
+    """Somebody asked the run to stop, and it is between two steps."""
 
 
 class Interrupts:
-    """Turns Ctrl-C and SIGTERM into a `StoppedError` between two items of an iteration."""
+    """Turns Ctrl-C and SIGTERM into a `StoppedError` between two items of what is gone through."""
 
     def __enter__(self) -> "Interrupts":
-        self.requested = False
-        self.handlers = {
+        self.asked = False
+        self.before = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.requested:  # a second time: stop at once
+        if self.asked:  # twice: now
             raise KeyboardInterrupt
-        self.requested = True
+        self.asked = True
 
     def __exit__(self, *error: Any) -> None:
-        for number, handler in self.handlers.items():
+        for number, handler in self.before.items():
             signal.signal(number, handler)
 
     def stop_between(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items; once a stop is requested, raise StoppedError in place of the next.
+        """Yield the items; once asked to stop, raise StoppedError instead of the next.
 
-        All processes of a job must iterate over as many items; they stop at the same one.
+        All processes of a job go through as many items, and stop at the same one.
         """
         for item in items:
             self.check()
             yield item
-            self.check()  # before waiting for the next
+            self.check()  # before the next is waited for
 
     def check(self) -> None:
-        """Raise StoppedError if a process of the job was asked to stop."""
-        if distributed.all_reduce_sum([self.requested])[0]:
+        """Raise StoppedError if this process, or another of the job, was asked to stop."""
+        if distributed.all_reduce_sum([self.asked])[0]:
             raise StoppedError
 
     def stop_between_alone(self, items: Iterable[T]) -> Iterator[T]:
-        """Do the same where ranks have different numbers of items: then they do not stop."""
+        """Do the same where processes have items of their own; only a job of one stops there."""
         return self.stop_between(items) if distributed.world_size() == 1 else iter(items)
 
 
