@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import pandas
 import torch
 from tqdm import tqdm
 
@@ -39,7 +38,7 @@ from readers import (
 from shards import stream_loader
 from trainer import Trainer
 from util import distributed, files, plots
-from util.checkpoints import load_state, run_folder, save_state
+from util.checkpoints import load_state, run_folder, save_state, write_metrics
 from util.distributed import pick_device
 from util.files import UserError
 from util.images import read_image
@@ -399,12 +398,6 @@ def write_state(folder: Path, trainer: Trainer) -> None:
     state = trainer.state()
     if distributed.is_main():
         save_state(folder, state)
-
-
-def write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write metrics.csv: a row per epoch, an empty cell for what was not measured."""
-    table = pandas.DataFrame(rows, dtype=object)
-    files.write_text(path, table.to_csv(index=False, lineterminator="\n"))
 
 
 def write_samples(path: Path, records: Sequence[Record], captions: dict[Any, str]) -> None:

@@ -66,7 +66,7 @@ def hold(path: Path, held) -> None:
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(
     run, tmp_path, drawn, capsys, monkeypatch
 ):
-    monkeypatch.setattr(checkpoints, "PATIENCE", 0.1)
+    monkeypatch.setattr(checkpoints, "LOCK_TIMEOUT", 0.1)
     context = multiprocessing.get_context("fork")
     held = context.Event()
     first = context.Process(target=hold, args=(run / ".lock", held))
@@ -86,7 +86,7 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_killed(
 def test_a_run_holds_its_folder_from_the_reading_of_data_to_the_last_score(
     run, drawn, monkeypatch, capsys
 ):
-    monkeypatch.setattr(checkpoints, "PATIENCE", 0.1)
+    monkeypatch.setattr(checkpoints, "LOCK_TIMEOUT", 0.1)
     refused = []
 
     def meanwhile(name):

@@ -1,13 +1,13 @@
-"""A run's folder: one process at a time, training state on disk, a stop between two steps."""
+"""The folder of a run: who may write to it, its training state, its table of metrics."""
 
 import contextlib
 import io
 import logging
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -16,29 +16,29 @@ from util.files import UserError
 
 log = logging.getLogger(__name__)
 
-# What training leaves behind: a folder with none of these has nothing to lose.
-WORTH_KEEPING = ("last.pt", "previous.pt", "best.safetensors")
-LARGE = ("last.pt", "best.safetensors")  # a kill can leave half of one, under another name
-# Seconds: the loader's workers of a killed run notice within five, and may hold its lock till then.
-PATIENCE = 10.0
-T = TypeVar("T")
+# A folder with one of these holds a run, which a new run must not overwrite.
+RUN_FILES = ("last.pt", "previous.pt", "best.safetensors")
+LARGE = ("last.pt", "best.safetensors")  # a killed run can leave a temporary file of these
+# Seconds. The loader's workers of a killed run notice within five, and hold its lock until then.
+LOCK_TIMEOUT = 10.0
 
 
 @contextlib.contextmanager
 def run_folder(output: Path | None, dataset: str, *, resume: bool) -> Iterator[Path]:
-    """Lend the folder of a run, `output` or a free name, which is this job's alone until the end.
+    """Lock the folder of a run, `output` or runs/DATASET with a free number, and yield it.
 
-    Its first process alone writes there. Raises ValueError where another run is at work in it, or
-    where a new run would write over one; OSError where it can't be written. A folder that stays
-    empty is removed.
+    Raises UserError where another run works in it, or where a new run would overwrite one; OSError
+    where it can't be written to. A folder that stays empty is removed.
     """
     if not distributed.is_main():
         yield distributed.broadcast(None)
         return
-    folder = output or _free_name(dataset)
+    folder = output or _free_folder(dataset)
     files.check_writable(folder / "config.json")
     lock = folder / ".lock"
-    with files.lock(lock, PATIENCE, f"another run is at work in {folder}; name another --output"):
+    with files.lock(
+        lock, LOCK_TIMEOUT, f"another run is at work in {folder}; name another --output"
+    ):
         try:
             if not resume and _holds_a_run(folder):
                 raise UserError(
@@ -54,11 +54,11 @@ def run_folder(output: Path | None, dataset: str, *, resume: bool) -> Iterator[P
 
 
 def _holds_a_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in WORTH_KEEPING)
+    return any((folder / name).exists() for name in RUN_FILES)
 
 
-def _free_name(dataset: str) -> Path:
-    """Return a folder's name in runs/ that no run has, not even one that has just begun."""
+def _free_folder(dataset: str) -> Path:
+    """Return a folder in runs/ that no run uses, not even one that has just started."""
     folder, number = Path("runs") / dataset, 2
     while _holds_a_run(folder) or (folder / ".lock").exists():
         folder = Path("runs") / f"{dataset}-{number}"
@@ -67,8 +67,8 @@ def _free_name(dataset: str) -> Path:
 
 
 def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write last.pt; the one before it stays as previous.pt."""
-    # Through memory: torch.save turns a full disk into a RuntimeError without a reason.
+    """Write last.pt and keep the one before it as previous.pt."""
+    # Through memory: torch.save reports a full disk as a RuntimeError without a reason.
     content = io.BytesIO()
     torch.save(state, content)
     last = folder / "last.pt"
@@ -78,10 +78,18 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
             last.replace(folder / "previous.pt")
 
 
-def load_state(folder: Path) -> dict[str, Any] | None:
-    """Return the training state of a run: the one before it if the last is damaged.
+def write_metrics(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write metrics.csv: a row per epoch, an empty cell for what was not measured."""
+    import pandas  # slow to import
 
-    None where none was saved yet; ValueError where none that was can be read.
+    table = pandas.DataFrame(rows, dtype=object)
+    files.write_text(path, table.to_csv(index=False, lineterminator="\n"))
+
+
+def load_state(folder: Path) -> dict[str, Any] | None:
+    """Return the training state of a run: last.pt, or previous.pt if that is damaged.
+
+    None where none has been saved yet; UserError where both are damaged.
     """
     faults = []
     for name in ("last.pt", "previous.pt"):
@@ -90,25 +98,22 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         try:
             return _read_state(folder / name)
         except Exception as error:
-            faults.append(f"{folder / name} can't be read ({_first_line(error)})")
+            reason = files.explain(error).splitlines()[0]
+            faults.append(f"{folder / name} can't be read ({reason})")
             log.warning("%s", faults[-1])
     if faults:
         raise UserError(
-            f"{' and '.join(faults)}: the run can't go on; begin another with its best weights "
-            f"(--init-from {folder}), or anew"
+            f"{' and '.join(faults)}: the run can't go on; start another from its best weights "
+            f"(--init-from {folder}), or a new one"
         )
     return None
 
 
-def _first_line(error: Exception) -> str:
-    return files.explain(error).splitlines()[0]
-
-
 def _read_state(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:  # torch.load checks no checksum: a flipped bit passes
+    with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
         if damaged := archive.testzip():
             raise UserError(f"{damaged} in it is damaged")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own words tell how to run the code in it
+    except pickle.UnpicklingError as error:  # torch's text explains how to run the code in it
         raise UserError("it holds more than tensors and plain values") from error

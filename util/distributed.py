@@ -1,9 +1,9 @@
-"""Which of torchrun's processes this is, and what they tell each other.
+"""The processes of a job that torchrun started: their ranks, devices and communication.
 
-A script does its work inside `with distributed.join():`. Started by torchrun it is then one of
-`world_size()` processes (ranks 0, 1, …); started by hand it is the only one, and nothing here does
-anything. All of a job's processes must call the same of these functions in the same order. What is
-told goes through memory, not through GPUs, so telling waits for no GPU.
+A script works inside `with distributed.join():`. Started by torchrun it is one of `world_size()`
+processes (ranks 0, 1, …); started by hand it is the only one, and nothing here does anything. All
+processes of a job must call the functions of the second part in the same order. They communicate
+through main memory (gloo), so they never wait for a GPU.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# Here, before there is a group: imported later, as torchvision does, its functions' defaults would
-# hold the group for ever, and a thread of it can abort a process that ends.
+# Imported before there is a process group: imported later, as torchvision does, the defaults of its
+# functions keep the group alive for ever, and a thread of it can abort a process that ends.
 import torch.distributed.nn.functional
 
 from util.files import UserError
 
-# How long a process waits for the others before it gives up: a machine may have vanished.
-LONGEST_WAIT = datetime.timedelta(minutes=10)
+# A process that has waited this long for the others gives up: a machine may have vanished.
+TIMEOUT = datetime.timedelta(minutes=10)
 T = TypeVar("T")
 
 
@@ -37,7 +37,7 @@ def started_by_torchrun() -> bool:
 
 
 def rank() -> int:
-    """Return which of the job's processes this is, from 0."""
+    """Return the number of this process in the job, from 0."""
     return dist.get_rank() if _joined() else 0
 
 
@@ -47,12 +47,12 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Tell whether this process writes the files and speaks to the user."""
+    """Return whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 def local_rank() -> int:
-    """Return which of this machine's processes of the job this is, from 0: its GPU's number."""
+    """Return the number of this process on its machine, from 0: the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0)) if _joined() else 0
 
 
@@ -61,40 +61,37 @@ def _joined() -> bool:
 
 
 def restarted() -> bool:
-    """Tell whether torchrun has started this process in place of one that died."""
+    """Return whether torchrun started this process in place of one that died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def may_restart() -> bool:
-    """Tell whether torchrun was told to start processes anew that die (--max-restarts)."""
+    """Return whether torchrun restarts processes that die (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
 
 
 @contextlib.contextmanager
-def join(longest_wait: datetime.timedelta = LONGEST_WAIT) -> Iterator[None]:
-    """Join the job that torchrun started, if it did, until the end of the work.
+def join(timeout: datetime.timedelta = TIMEOUT) -> Iterator[None]:
+    """Join the job that torchrun started, if it did, until the end of the block.
 
-    Of an error that ends the work only the first process to meet it tells; the others end quietly.
-    All but the first process are quiet from the start. Raises LostError where another process has
-    ended, at once or after `longest_wait`.
+    Only rank 0 prints. An error is reported only by the first process that meets one; the others
+    exit quietly. Raises LostError where another process has ended, at once or after `timeout`.
     """
     if not started_by_torchrun() or _joined():
         yield
         return
-    # Not from the environment directly: the store, which torchrun keeps, outlives processes.
-    store, number, count = next(iter(dist.rendezvous("env://", timeout=LONGEST_WAIT)))
-    # What processes that have died left in it is not for those in their place.
+    # A store that torchrun keeps: it outlives the processes of the job.
+    store, number, count = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    # Restarted processes must not see what those that died have left in it.
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(
-        backend, store=store, rank=number, world_size=count, timeout=longest_wait
-    )
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     with _quiet() if number else contextlib.nullcontext():
         try:
             yield
         except BaseException as error:
-            # No goodbye to the others: they may be waiting for what will never come.
-            if not _first_to_end(store):
+            # The group is not destroyed: that would wait for processes that may have died.
+            if not _is_first_error(store):
                 raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
             if lost := as_lost(error):
                 raise lost from None
@@ -102,8 +99,8 @@ def join(longest_wait: datetime.timedelta = LONGEST_WAIT) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _first_to_end(store: Any) -> bool:
-    """Tell whether no other process of the job has ended with an error before."""
+def _is_first_error(store: Any) -> bool:
+    """Return whether no other process of the job has ended with an error before."""
     try:
         return store.add("ended", 1) == 1
     except RuntimeError:  # torchrun itself is gone
@@ -111,10 +108,10 @@ def _first_to_end(store: Any) -> bool:
 
 
 def as_lost(error: BaseException) -> LostError | None:
-    """Return a LostError for torch's error of a connection that broke, None for other errors."""
-    said = str(error)
+    """Return a LostError for torch's error of a broken connection, None for other errors."""
+    text = str(error)
     broken = isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in said or "NCCL" in said)
+        isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text)
     )
     if not broken:
         return None
@@ -126,7 +123,7 @@ def as_lost(error: BaseException) -> LostError | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep this process's lines and progress bars to itself; its errors are still told."""
+    """Print nothing and draw no progress bar in the block; stderr still takes errors."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -143,22 +140,22 @@ def _quiet() -> Iterator[None]:
 
 
 class _NoTerminal(io.TextIOWrapper):
-    """A stream that progress bars stay away from."""
+    """A stream that is no terminal, so that no progress bar is drawn on it."""
 
     def isatty(self) -> bool:
         return False
 
 
-# ---- what processes tell each other ----------------------------------------------------------
+# --- communication
 
 
 def barrier() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     all_reduce_sum([0.0])
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
-    """Return the sum over all processes of each of `values`."""
+    """Return each of `values` summed over all processes."""
     if world_size() == 1:
         return [float(value) for value in values]
     sums = torch.tensor(values, dtype=torch.float64)
@@ -185,20 +182,23 @@ def broadcast(value: T) -> T:
 
 
 def on_main(work: Callable[[], T]) -> T:
-    """Return what `work` returns on the main process, which alone does it."""
+    """Return what `work` returns on the main process; the others do not call it."""
     return broadcast(work() if is_main() else None)
 
 
 def split_by_rank(items: Sequence[T]) -> Sequence[T]:
-    """Return this process's share of `items`: every `world_size()`-th, beginning with its rank."""
+    """Return this process's items: every `world_size()`-th, starting at its rank."""
     return items if world_size() == 1 else items[rank() :: world_size()]
 
 
-def pick_device(device: torch.device | str) -> torch.device:
-    """Return the device named; "auto" is the GPU where there is one, else the CPU.
+# --- devices
 
-    Of several processes on a machine each has a GPU of its own, unless one is named by its number.
-    Raises ValueError for a name that torch does not know, and for a device that is not there.
+
+def pick_device(device: torch.device | str) -> torch.device:
+    """Return the torch device of that name; "auto" is a GPU where there is one, else the CPU.
+
+    Each process of a machine has a GPU of its own, unless `device` gives a number. Raises UserError
+    for a name that torch does not know, and for a device that is not there.
     """
     if str(device) in ("auto", "cuda") and torch.cuda.is_available():
         return own_gpu()
@@ -215,7 +215,7 @@ def pick_device(device: torch.device | str) -> torch.device:
 
 
 def own_gpu() -> torch.device:
-    """Return this process's GPU; ValueError where there are more processes than GPUs."""
+    """Return this process's GPU; UserError where there are more processes than GPUs."""
     if world_size() == 1:
         return torch.device("cuda")
     number, count = local_rank(), torch.cuda.device_count()

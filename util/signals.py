@@ -11,45 +11,45 @@ T = TypeVar("T")
 
 
 class StoppedError(Exception):
-    """Somebody asked the run to stop, and it is between two steps."""
+    """The run was asked to stop, and is between two steps."""
 
 
 class Interrupts:
-    """Turns Ctrl-C and SIGTERM into a `StoppedError` between two items of what is gone through."""
+    """Turns Ctrl-C and SIGTERM into a `StoppedError` between two items of an iteration."""
 
     def __enter__(self) -> "Interrupts":
-        self.asked = False
-        self.before = {
+        self.requested = False
+        self.handlers = {
             number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
-        if self.asked:  # twice: now
+        if self.requested:  # a second time: stop at once
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def __exit__(self, *error: Any) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def stop_between(self, items: Iterable[T]) -> Iterator[T]:
-        """Yield the items; once asked to stop, raise StoppedError instead of the next.
+        """Yield the items; once a stop is requested, raise StoppedError in place of the next.
 
-        All processes of a job go through as many items, and stop at the same one.
+        All processes of a job must iterate over as many items; they stop at the same one.
         """
         for item in items:
             self.check()
             yield item
-            self.check()  # before the next is waited for
+            self.check()  # before waiting for the next
 
     def check(self) -> None:
-        """Raise StoppedError if this process, or another of the job, was asked to stop."""
-        if distributed.all_reduce_sum([self.asked])[0]:
+        """Raise StoppedError if a process of the job was asked to stop."""
+        if distributed.all_reduce_sum([self.requested])[0]:
             raise StoppedError
 
     def stop_between_alone(self, items: Iterable[T]) -> Iterator[T]:
-        """Do the same where processes have items of their own; only a job of one stops there."""
+        """Do the same where ranks have different numbers of items: then they do not stop."""
         return self.stop_between(items) if distributed.world_size() == 1 else iter(items)
 
 
