@@ -132,13 +132,9 @@ class Limits(NamedTuple):
 
 @torch.no_grad()
 def greedy(
-    decoder: StepDecoder,
-    memory: Any,
-    *,
-    max_words: int,
-    min_words: int = 1,
-    no_repeat_ngram: int = 0,
-) -> Decoded:
+    decoder: StepDecoder, memory: Any, *,
+    max_words: int, min_words: int = 1, no_repeat_ngram: int = 0,
+) -> Decoded:  # fmt: skip
     """Return one caption per image (B, 1, T): at each step the most probable word.
 
     Captions have `min_words` to `max_words` words; no sequence of `no_repeat_ngram` words occurs
@@ -151,19 +147,11 @@ def greedy(
 
 @torch.no_grad()
 def sample(
-    decoder: StepDecoder,
-    memory: Any,
-    *,
-    max_words: int,
-    n: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_words: int = 1,
-    no_repeat_ngram: int = 0,
-    generator: torch.Generator | None = None,
-    seeds: Sequence[int] | None = None,
-) -> Decoded:
+    decoder: StepDecoder, memory: Any, *,
+    max_words: int, n: int = 1, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
+    min_words: int = 1, no_repeat_ngram: int = 0,
+    generator: torch.Generator | None = None, seeds: Sequence[int] | None = None,
+) -> Decoded:  # fmt: skip
     """Return `n` captions per image (B, n, T), each word drawn from the model's distribution.
 
     `top_k` keeps the k most probable words (0: all) and `top_p` the fewest words whose
@@ -300,16 +288,10 @@ class Finished(NamedTuple):
 
 @torch.no_grad()
 def beam_search(
-    decoder: StepDecoder,
-    memory: Any,
-    *,
-    max_words: int,
-    beam_size: int = 5,
-    n: int = 1,
-    length_penalty: float = 0.0,
-    min_words: int = 1,
-    no_repeat_ngram: int = 0,
-) -> Decoded:
+    decoder: StepDecoder, memory: Any, *,
+    max_words: int, beam_size: int = 5, n: int = 1, length_penalty: float = 0.0,
+    min_words: int = 1, no_repeat_ngram: int = 0,
+) -> Decoded:  # fmt: skip
     """Return the `n` best captions per image (B, n, T) that beam search with K beams finds.
 
     Captions are ranked by log-probability / T ** `length_penalty`: 0 is the probability itself,
@@ -491,14 +473,9 @@ class DecodingConfig:
 
 
 def decode(
-    decoder: StepDecoder,
-    memory: Any,
-    config: DecodingConfig,
-    *,
-    longest: int,
-    n: int = 1,
-    seeds: Sequence[int] | None = None,
-) -> Decoded:
+    decoder: StepDecoder, memory: Any, config: DecodingConfig, *,
+    longest: int, n: int = 1, seeds: Sequence[int] | None = None,
+) -> Decoded:  # fmt: skip
     """Return `n` captions per image as tokens (B, n, T), by the method that `config` names.
 
     `longest` is the number of words that the model was built for (`seq_len`). `seeds`, one per
