@@ -57,9 +57,7 @@ class Captioner:
     """A loaded model that captions images."""
 
     def __init__(self, model: torch.nn.Module, decoding: DecodingConfig | None = None):
-        """`model`: of `model.py` or `onnx_model.py`; `decoding`: the settings unless a call says
-        otherwise.
-        """
+        """`model`: of `model.py` or `onnx_model.py`; `decoding`: the default settings of calls."""
         self.model = model.eval()
         self.decoding = decoding or DecodingConfig()
         self.transforms = [image_transform(size, train=False) for _, size in model.encoders]

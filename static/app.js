@@ -76,7 +76,7 @@ document.addEventListener("paste", (event) => {
   }
 });
 
-// --- the camera: the phone's own app where there is a touch screen, else a live picture
+// --- the camera: the phone's own app where there is a touch screen, else a live video
 
 const touch = matchMedia("(pointer: coarse)").matches;
 const live = Boolean(navigator.mediaDevices?.getUserMedia);
@@ -101,7 +101,7 @@ $("booth").addEventListener("close", () => {
 $("leave").addEventListener("click", () => $("booth").close());
 $("snap").addEventListener("click", () => {
   const video = $("video");
-  if (!video.videoWidth) return; // the first picture has not come yet
+  if (!video.videoWidth) return; // the first frame has not come yet
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
   canvas.getContext("2d").drawImage(video, 0, 0);

@@ -105,6 +105,18 @@ def test_a_stopped_file_is_continued_where_it_stopped(
     assert parted.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl", "html"])
+@pytest.mark.parametrize("cut", [5, 40])
+def test_a_file_killed_in_its_first_line_is_continued(form, cut, photos, script, tmp_path):
+    (photos / "05.png").unlink()
+    whole, parted = tmp_path / f"whole.{form}", tmp_path / f"parted.{form}"
+    script(photos, "--output", whole)
+    first = whole.read_bytes().splitlines()[0]
+    parted.write_bytes(first[: min(cut, len(first) - 1)])
+    assert script(photos, "--output", parted)[0] == 0
+    assert parted.read_bytes() == whole.read_bytes()
+
+
 def test_existing_rows_are_kept_and_sorted_among_the_new_ones(photos, script, tmp_path):
     out = tmp_path / "captions.jsonl"
     mine = [
@@ -122,6 +134,7 @@ def test_existing_rows_are_kept_and_sorted_among_the_new_ones(photos, script, tm
     [("my,own,table\n1,2,3\n", "a.csv", "begins with 'my,own,table'"),
      ("image,caption,score,caption_2,score_2,error\n", "a.csv", "another --n"),
      ("hello\n", "a.jsonl", "line 1 of .* is no result"), ("hello", "a.csv", "another file"),
+     ("hello", "a.jsonl", "another file"),
      ("{}\n", "a.jsonl", "line 1 of .* is no result"), ("<p>\n", "a.html", "begins with '<p>'")],
 )  # fmt: skip
 def test_a_file_of_another_kind_is_refused_and_kept(content, name, said, photos, script, tmp_path):
