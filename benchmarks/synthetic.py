@@ -69,7 +69,7 @@ def batch(images: int = 32, seed: int = 0, words: Vocabulary | None = None) -> B
     seen = features(images)
     said = captions(images, seed)
     items = [
-        (f"{number}", seen[number], [words.encode(line, 30) for line in lines], lines)
+        (f"{number}", seen[number], [words.encode(line, 30) for line in lines])
         for number, lines in enumerate(said)
     ]
     return collate_fn(items)

@@ -78,7 +78,11 @@ def test_flags_of_all_scripts_are_looked_at():
      (["--lr", "1e-310", "--scst-epochs", "1"], "it is the CNN's learning rate"),
      (["--scst-samples", "1" + "0" * 30], "must be below 2^31"),
      (["--views", "1" + "0" * 30], "must be below 2^31"),
-     (["--epochs", "1" * 5000], "--epochs"), (["--weight-decay", "nan"], "must be")],
+     (["--epochs", "1" * 5000], "--epochs"), (["--weight-decay", "nan"], "must be"),
+     (["--limit", "0"], "--limit 0 must be at least 1"),
+     (["--workers", "-1"], "--workers -1 must be at least 0"),
+     (["--train-fraction", "0"], "--train-fraction 0.0 must be above 0 and at most 1"),
+     (["--train-fraction", "1.5"], "at most 1"), (["--train-fraction", "nan"], "at most 1")],
     ids=lambda value: " ".join(value)[:20] if isinstance(value, list) else "",
 )  # fmt: skip
 def test_training_refuses_such_numbers_in_one_line(flags, said, tmp_path, capsys):
