@@ -27,7 +27,7 @@ from inference import Captioner, list_checkpoints
 from losses import cross_entropy
 from model import CaptionModel, ModelEnsemble
 from onnx_model import OnnxModel
-from readers import DATASETS, Record, Records, load_split, report_left_out
+from readers import DATASETS, Record, load_split, report_left_out
 from shards import SPLITS
 from util import distributed, files
 from util.files import UserError
@@ -372,7 +372,7 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
         )
         captions = caption_split(captioner.model, features, config.decoding, len(share))
         captions = gathered(captions, records)
-        records = Records.of(records).keep(captions)
+        records = [record for record in records if record.image_id in captions]
         how = {"decoding": asdict(config.decoding)}
     if not distributed.is_main():
         return {}, {}

@@ -40,14 +40,13 @@ from encoder import (
 )
 from readers import (
     DATASETS,
-    MAX_LEFT_OUT,
     UNREADABLE,
     Record,
-    SplitMissingError,
-    load_split,
+    are_too_many,
+    load_splits,
     report_left_out,
 )
-from shards import SPLITS, write_shards
+from shards import write_shards
 from util import files
 from util.files import UserError
 from util.images import read_image
@@ -300,7 +299,7 @@ def extract(
             array[done : done + rows] = batch.features.cpu().numpy()
             done, left_out = done + rows, left_out + batch.unreadable
             bar.update(rows)
-            if len(left_out) > MAX_LEFT_OUT * total:
+            if are_too_many(len(left_out), total):
                 array = None
                 remove(part, progress)
                 report_left_out(left_out, total, "can't be read")
@@ -460,17 +459,11 @@ def main(argv: list[str] | None = None) -> None:
         Config, argv, program="features.py", description="Write a dataset as tar shards."
     )
     files.check_writable(config.json, config.shards / "index.json")
-    splits, missing = {}, None
-    for split in SPLITS:
-        try:
-            records = load_split(config.dataset, config.data_dir, split, config.split_seed)
-            splits[split] = records[: config.limit]
-        except SplitMissingError as error:
-            missing = error
+    splits = load_splits(config.dataset, config.data_dir, config.split_seed)
     if not splits:
-        raise missing
+        raise UserError(f"{config.dataset} has no split to write")
     index = write_shards(
-        splits,
+        {split: records[: config.limit] for split, records in splits.items()},
         config.shards,
         config.dataset,
         report_left_out,

@@ -29,10 +29,9 @@ from losses import Reward, sample_captions
 from model import CaptionModel, read_metadata
 from readers import (
     Record,
-    SplitMissingError,
     data_folder,
     keep_readable,
-    load_split,
+    load_splits,
     report_left_out,
 )
 from shards import stream_loader
@@ -109,34 +108,22 @@ def sync_after(net: torch.nn.Module, *, last: bool) -> contextlib.AbstractContex
 
 
 def load_data(config: Config) -> Records:
-    """Return the records of the splits that the dataset has; it must have a train split."""
-    data, splits = config.data, {}
-    for split in ("train", "val", "test"):
-        try:
-            records = load_records(config, split)
-        except SplitMissingError as error:
-            if split == "train":
-                raise
-            log.warning("no %s scores: %s", split, error)
-            continue
-        if split == "train":
-            records = records[: max(1, round(data.train_fraction * len(records)))]
-        splits[split] = records[: data.limit]
-    return splits
-
-
-def load_records(config: Config, split: str) -> Sequence[Record]:
-    """Return a split's records; of shards to train on without the images, which are streamed."""
+    """Return the records of the splits there are; the train split must be."""
     data = config.data
-    if split == "train" and data.dataset == "shards":
+    where = (data.dataset, data.data_dir, data.split_seed, data.cache_dir)
+    if data.dataset == "shards":
         if data.views > 1:
             raise UserError(
                 f"--views {data.views} is for a feature cache, and shards are read without one"
             )
         root = data_folder(data.dataset, data.data_dir)
-        return readers.list_shards(root, split, data.cache_dir)
-    where = (data.dataset, data.data_dir, split, data.split_seed)
-    return load_split(*where, cache_dir=data.cache_dir)
+        train = readers.list_shards(root, "train", data.cache_dir)  # images are streamed
+        splits = {"train": train} | load_splits(*where, splits=("val", "test"))
+    else:
+        splits = load_splits(*where, required=("train",))
+    n_train = max(1, round(data.train_fraction * len(splits["train"])))
+    splits["train"] = splits["train"][:n_train]
+    return {split: records[: data.limit] for split, records in splits.items()}
 
 
 def build(config: Config, records: Records) -> tuple[CaptionModel, Records, Caches]:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from synthetic import PER_IMAGE, captions  # noqa: E402
 
-from readers import Records, load_split  # noqa: E402
+from readers import Record, load_split  # noqa: E402
 from util import files  # noqa: E402
 from vocabulary import Vocabulary  # noqa: E402
 
@@ -77,12 +77,10 @@ def write(folder: Path, layout: str, images: int) -> None:
         file.write("]}")
 
 
-def made(images: int) -> Records:
+def made(images: int) -> list[Record]:
     """Return so many records, of files that are not there."""
-    records, folder = Records(), Path("data/coco/train2014")
-    for _, name, lines in described(images):
-        records.add(name, folder, name, lines)
-    return records.pack()
+    folder = Path("data/coco/train2014")
+    return [Record(name, folder / name, tuple(lines)) for _, name, lines in described(images)]
 
 
 def block_signals() -> int:

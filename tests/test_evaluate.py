@@ -218,7 +218,6 @@ def damaged(records, tmp_path):
 def test_a_few_unreadable_images_are_left_out_and_said(
     batch_size, run, damaged, data, monkeypatch, caplog
 ):
-    monkeypatch.setattr("readers.MAX_LEFT_OUT", 0.1)
     monkeypatch.setattr(evaluate, "load_split", lambda *_: damaged)
     config = evaluate.Config(checkpoint=run, java=False, workers=0, batch_size=batch_size)
     report, captions = evaluate.evaluate(config)
@@ -231,6 +230,7 @@ def test_a_few_unreadable_images_are_left_out_and_said(
 
 
 def test_too_many_unreadable_images_are_an_error(run, damaged, monkeypatch, tmp_path, script):
+    damaged[0] = damaged[0]._replace(path=damaged[2].path)
     monkeypatch.setattr(evaluate, "load_split", lambda *_: damaged)
     code, out, err = script("--checkpoint", run, "--json", tmp_path / "out.json")
     assert (code, out, err.count("\n")) == (2, "", 1)

@@ -1,107 +1,46 @@
 """Every layout users have on disk gives the same records, and what is wrong says so by name."""
 
-import csv
 import json
 import logging
 import os
+import random
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from PIL import Image
+from helpers.datasets import (
+    CAPTIONS,
+    LAYOUTS,
+    NAMES,
+    PARTS,
+    draw,
+    kaggle,
+    karpathy,
+    official,
+    older,
+    token_text,
+    write,
+)
 
 import readers
 from readers import (
     SplitMissingError,
     keep_readable,
     load_split,
-    read_csv_file,
+    load_splits,
+    read_table,
     read_token_file,
-    split_by_image,
 )
 from shards import SPLITS
 from util import shapes
 
-NAMES = [f"photo_{number:02}.jpg" for number in range(24)]
-CAPTIONS = {
-    name: [
-        f"A dog , number {number} , runs .",
-        f'a man in a "cool" shirt and {number} birds',
-        "une fête à la plage",
-        "लाल गेंद",
-        "a caption's apostrophe # and hash",
-    ]
-    for number, name in enumerate(NAMES)
-}
-PARTS = {"train": NAMES[:14], "val": NAMES[14:18], "test": NAMES[18:]}
-LIST_WORDS = {"train": "train", "val": "dev", "test": "test"}
 
-
-def draw(folder: Path, names=NAMES) -> None:
-    """Write small pictures; the same name gives the same picture anywhere."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        colour = tuple(hash_byte * 7 % 256 for hash_byte in name.encode()[-6:-3])
-        Image.new("RGB", (6, 4), colour).save(folder / name, "PNG")
-
-
-def write(path: Path, text: str, encoding: str = "utf-8") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text.encode(encoding))
-    return path
-
-
-def token_text(captions=CAPTIONS) -> str:
-    rows = [
-        f"{name}#{i}\t{line}\n" for name, lines in captions.items() for i, line in enumerate(lines)
-    ]
-    return "".join(rows)
-
-
-def official(root: Path, splits=SPLITS, photos=NAMES, captions=CAPTIONS) -> Path:
-    draw(root / "Flicker8k_Dataset", photos)
-    write(root / "Flicker8k_Dataset" / ".unpacked.json", "{}")  # our downloader's
-    write(root / "Flickr8k_text" / "Flickr8k.token.txt", token_text(captions))
-    for split in splits:
-        name = f"Flickr_8k.{LIST_WORDS[split]}Images.txt"
-        write(root / "Flickr8k_text" / name, "\n".join(PARTS[split]) + "\n")
-    return root
-
-
-def kaggle(root: Path) -> Path:
-    draw(root / "Images")
-    with (root / "captions.txt").open("w", encoding="utf-8", newline="") as file:
-        rows = csv.writer(file)
-        rows.writerow(["image", "caption"])
-        rows.writerows([name, line] for name, lines in CAPTIONS.items() for line in lines)
-    return root
-
-
-def older(root: Path) -> Path:
-    draw(root / "Images")
-    write(root / "Flickr8k.token.txt", token_text())
-    return root
-
-
-def karpathy(root: Path, parts=PARTS) -> Path:
-    draw(root / "Flicker8k_Dataset")
-    images = [
-        {
-            "filename": name,
-            "split": split,
-            "sentences": [{"raw": line, "tokens": line.split()} for line in CAPTIONS[name]],
-        }
-        for split, names in parts.items()
-        for name in names
-    ]
-    write(root / "dataset_flickr8k.json", json.dumps({"images": images, "dataset": "flickr8k"}))
-    return root
-
-
-LAYOUTS = {"official": official, "kaggle": kaggle, "older": older, "karpathy": karpathy}
+def captions_of(table: pd.DataFrame) -> dict[str, list[str]]:
+    return {file: rows["caption"].tolist() for file, rows in table.groupby("file", sort=False)}
 
 
 def contents(root: Path, split: str) -> dict:
-    """Image id → the picture's bytes and the captions."""
+    """Image id → the image's bytes and the captions."""
     records = load_split("flickr8k", root, split)
     assert len({record.image_id for record in records}) == len(records)
     return {record.image_id: (record.path.read_bytes(), record.captions) for record in records}
@@ -111,7 +50,7 @@ def contents(root: Path, split: str) -> dict:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_layout_holds_the_same_pictures_and_captions(layout, tmp_path):
+def test_every_layout_holds_the_same_images_and_captions(layout, tmp_path):
     root = LAYOUTS[layout](tmp_path)
     found = {name: value for split in SPLITS for name, value in contents(root, split).items()}
     assert {name: list(lines) for name, (_, lines) in found.items()} == CAPTIONS
@@ -124,7 +63,7 @@ def test_layouts_agree_on_each_split(split, tmp_path):
     read = {name: contents(make(tmp_path / name), split) for name, make in LAYOUTS.items()}
     assert read["official"] == read["karpathy"] and list(read["official"]) == PARTS[split]
     assert read["kaggle"] == read["older"]
-    assert list(read["kaggle"]) == split_by_image(NAMES, 0)[split]
+    assert list(read["kaggle"]) == sorted(read["kaggle"])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -137,11 +76,11 @@ def test_the_dataset_may_lie_in_a_folder_of_data_dir(layout, tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_line_ends_and_byte_order_marks_change_nothing(end, encoding, tmp_path):
     path = write(tmp_path / "t.txt", token_text().replace("\n", end), encoding)
-    assert read_token_file(path) == CAPTIONS
+    assert captions_of(read_token_file(path)) == CAPTIONS
     kaggle(tmp_path)
     text = (tmp_path / "captions.txt").read_text(encoding="utf-8")
     path = write(tmp_path / "captions.txt", text.replace("\r\n", "\n").replace("\n", end), encoding)
-    assert read_csv_file(path) == CAPTIONS
+    assert captions_of(read_table(path)) == CAPTIONS
 
 
 # --- which source wins
@@ -196,14 +135,39 @@ def test_folders_that_may_not_be_read_are_passed_over(tmp_path, monkeypatch):
 # --- splits
 
 
-def test_the_split_by_image_is_complete_and_disjoint_whatever_the_order():
-    parts = split_by_image(NAMES, 3)
-    assert sorted(name for names in parts.values() for name in names) == NAMES
-    assert {split: len(names) for split, names in parts.items()} == {
+def test_an_automatic_split_is_complete_and_disjoint_whatever_the_order_of_the_file(tmp_path):
+    path = kaggle(tmp_path) / "captions.txt"
+    before = load_splits("flickr8k", tmp_path, 3)
+    assert {split: len(records) for split, records in before.items()} == {
         "train": 18, "val": 3, "test": 3,
     }  # fmt: skip
-    assert split_by_image(reversed(NAMES), 3) == parts
-    assert split_by_image(NAMES, 4) != parts
+    ids = [record.image_id for records in before.values() for record in records]
+    assert sorted(ids) == NAMES
+    header, *rows = path.read_text(encoding="utf-8").splitlines()
+    random.Random(0).shuffle(rows)
+    write(path, "\n".join([header, *rows]))
+    after = load_splits("flickr8k", tmp_path, 3)
+    for split, records in before.items():
+        assert [r.image_id for r in records] == [r.image_id for r in after[split]]
+
+
+def test_the_automatic_split_of_a_seed_never_changes(tmp_path):
+    records = load_split("flickr8k", kaggle(tmp_path), "test", 3)
+    assert [record.image_id for record in records] == [
+        "image_14.jpg",
+        "image_18.jpg",
+        "image_23.jpg",
+    ]
+
+
+def test_all_splits_at_once_are_the_splits_one_by_one(tmp_path, caplog):
+    official(tmp_path, ["train", "test"])
+    splits = load_splits("flickr8k", tmp_path, required=("train",))
+    assert splits == {split: load_split("flickr8k", tmp_path, split) for split in splits}
+    assert list(splits) == ["train", "test"]
+    assert f"left out: no val split in {tmp_path}; it holds train, test" in caplog.messages
+    with pytest.raises(SplitMissingError, match="no val split"):
+        load_splits("flickr8k", tmp_path, required=("val",))
 
 
 def test_the_split_seed_chooses_the_split(tmp_path):
@@ -214,14 +178,14 @@ def test_the_split_seed_chooses_the_split(tmp_path):
 
 def test_too_few_images_to_split_say_what_there_is(tmp_path):
     write(tmp_path / "captions.txt", "image,caption\na.jpg,a dog\nb.jpg,a cat\n")
-    with pytest.raises(SplitMissingError, match="no train split in .*; it holds val, test"):
+    with pytest.raises(ValueError, match="2 of 2 images have no split, .*; .* at least 3"):
         load_split("flickr8k", tmp_path, "train")
 
 
 def test_restval_joins_train(tmp_path):
     karpathy(tmp_path, {"train": NAMES[:4], "restval": NAMES[4:10], "val": NAMES[10:]})
     assert list(contents(tmp_path, "train")) == NAMES[:10]
-    with pytest.raises(SplitMissingError, match="no test split in .*; it holds restval, train"):
+    with pytest.raises(SplitMissingError, match="no test split in .*; it holds train, val"):
         load_split("flickr8k", tmp_path, "test")
 
 
@@ -233,10 +197,10 @@ def test_a_test_split_alone_is_read(tmp_path):
         load_split("flickr8k", tmp_path, "train")
 
 
-def test_complete_texts_with_the_photographs_of_one_split_are_read(tmp_path):
-    official(tmp_path, photos=PARTS["test"])
+def test_complete_texts_with_the_images_of_one_split_are_read(tmp_path):
+    official(tmp_path, images_of=PARTS["test"])
     assert list(contents(tmp_path, "test")) == PARTS["test"]
-    with pytest.raises(SplitMissingError, match=r"no image of the train split in .*photo_00\.jpg"):
+    with pytest.raises(SplitMissingError, match=r"no image of the train split in .*image_00\.jpg"):
         load_split("flickr8k", tmp_path, "train")
 
 
@@ -247,33 +211,26 @@ def test_a_split_without_captions_says_so(tmp_path):
         load_split("flickr8k", tmp_path, "val")
 
 
-def test_the_lists_of_other_splits_may_be_anything(tmp_path):
-    official(tmp_path)
-    (tmp_path / "Flickr8k_text" / "Flickr_8k.trainImages.txt").write_bytes(b"\xff\xfe\0")
-    assert list(contents(tmp_path, "val")) == PARTS["val"]
-    with pytest.raises(ValueError, match=r"trainImages\.txt is not a text file in UTF-8"):
-        load_split("flickr8k", tmp_path, "train")
-
-
 # --- captions as they are written
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0b", "\x1c"])
 def test_only_line_feeds_end_a_line(mark, tmp_path):
     path = write(tmp_path / "a.txt", f"a.jpg#0\ta dog{mark}runs\n")
-    assert read_token_file(path) == {"a.jpg": [f"a dog{mark}runs"]}
+    assert captions_of(read_token_file(path)) == {"a.jpg": [f"a dog{mark}runs"]}
     path = write(tmp_path / "captions.txt", f"image,caption\na.jpg,a dog{mark}runs\n")
-    assert read_csv_file(path) == {"a.jpg": [f"a dog{mark}runs"]}
+    assert captions_of(read_table(path)) == {"a.jpg": [f"a dog{mark}runs"]}
 
 
 def test_a_csv_may_quote_everything_and_break_lines_inside_quotes(tmp_path):
     path = write(tmp_path / "captions.txt", '"image","caption"\n"a.jpg","a ""big""\ndog"\n\n')
-    assert read_csv_file(path) == {"a.jpg": ['a "big"\ndog']}
+    assert captions_of(read_table(path)) == {"a.jpg": ['a "big"\ndog']}
 
 
 def test_names_keep_their_hashes_and_dots(tmp_path):
     path = write(tmp_path / "t", "a#b.jpg#0\tone\n2258277193_586949ec62.jpg.1#0\ttwo\n\n")
-    assert read_token_file(path) == {"a#b.jpg": ["one"], "2258277193_586949ec62.jpg.1": ["two"]}
+    expected = {"a#b.jpg": ["one"], "2258277193_586949ec62.jpg.1": ["two"]}
+    assert captions_of(read_token_file(path)) == expected
 
 
 def test_empty_captions_and_repeated_names_are_dropped(tmp_path):
@@ -319,7 +276,7 @@ def test_an_image_listed_twice_in_a_json_keeps_all_its_captions(tmp_path):
     assert contents(root, "train")[first["filename"]][1] == (*CAPTIONS[NAMES[0]], "said again")
     again["split"] = "test"
     write(path, json.dumps({"images": [*value["images"], again]}))
-    with pytest.raises(ValueError, match=rf"json: {NAMES[0]} is in the splits train and test"):
+    with pytest.raises(ValueError, match=rf"{NAMES[0]} is listed as .*'train'.*'test'"):
         load_split("flickr8k", root, "train")
 
 
@@ -368,6 +325,19 @@ def test_unreadable_images_are_left_out_and_too_many_are_an_error(many, caplog):
         keep_readable(records)
 
 
+@pytest.mark.parametrize(("bad", "total"), [(1, 40), (1, 2), (2, 200), (2, 299)])
+def test_one_image_in_any_case_and_one_percent_are_left_out_with_a_line(bad, total, caplog):
+    readers.report_left_out(["a.jpg"] * bad, total, "can't be read")
+    shown = ", ".join(["a.jpg"] * bad)
+    assert caplog.messages == [f"left out: {bad} of {total} images can't be read: {shown}"]
+
+
+@pytest.mark.parametrize(("bad", "total"), [(2, 40), (3, 299), (1, 1)])
+def test_more_images_or_all_are_too_many(bad, total):
+    with pytest.raises(ValueError, match=f"{bad} of {total} images .* too many to leave out"):
+        readers.report_left_out(["a.jpg"] * bad, total, "can't be read")
+
+
 def test_images_without_permission_are_unreadable_and_a_failing_disk_stops(many, monkeypatch):
     records = load_split("flickr8k", many, "train")
     faults = {records[0].path: PermissionError(13, "Permission denied")}
@@ -402,12 +372,11 @@ def test_no_captions_file_says_what_was_looked_for(tmp_path):
     [
         (b"\x89PNG\r\n\xff\xfe\0", "is not a text file in UTF-8"),
         ("a.jpg#0\tone".encode("utf-16"), "is not a text file in UTF-8.*; save it as UTF-8"),
-        ("a.jpg#0\tone".encode("utf-16-le"), "line 1 is not a caption"),
+        ("a.jpg#0\tone".encode("utf-16-le"), "is not a text file in UTF-8 .it holds NUL"),
         ("a.jpg#0\tune fête".encode("latin-1"), "is not a text file in UTF-8"),
         (b"<!DOCTYPE html>\n<html>", r"line 1 is not a caption: .*not '<!DOCTYPE html>'"),
         (b"a.jpg#0\ta dog\na.jpg#1 no tab\n", r"line 2 is not a caption: expected name.jpg#0"),
         (b"a.jpg#0\ta dog\n\na.jpg\tno number\n", "line 3 is not a caption"),
-        (b"", "holds no captions"),
     ],
 )
 def test_a_token_file_of_another_kind_says_where(content, said, tmp_path):
@@ -422,14 +391,18 @@ def test_a_token_file_of_another_kind_says_where(content, said, tmp_path):
         (b"\x89PNG\r\n\xff\xfe\0", "is not a text file in UTF-8"),
         (
             b"<!DOCTYPE html>\n<html>",
-            "name the columns image,caption.* not '<!DOCTYPE html>'",
+            "must have the columns image and caption, each once, not '<!doctype html>'",
         ),
-        (b"id,label\n1,2\n", "must name the columns image,caption, each once, not 'id,label'"),
-        (b"image,caption\na.jpg,a dog\nb.jpg,a dog, a cat\n", "line 3 .*it has 3 columns"),
-        (b"image,caption\na.jpg\n", "line 2 .*it has 1 columns"),
-        (b'image,caption\na.jpg,"a dog\nb.jpg,a cat\n', "line 3 is not a caption"),
-        (b'image,caption\na.jpg,"a dog\n' + b"b.jpg,a cat\n" * 20000, "is not a caption.*limit"),
-        (b"image,caption\n", "holds no captions"),
+        (b"id,label\n1,2\n", "must have the columns .* not 'id, label'"),
+        (b"image,caption\na.jpg,a dog\nb.jpg,a dog, a cat\n", "Expected 2 fields in line 3, saw 3"),
+        (b"image,caption\na.jpg\n", r"line 2 has 1 cells, not 2: \['a.jpg'\]"),
+        (b'image,caption\na.jpg,"a dog\nb.jpg,a cat\n', "unexpected end of data"),
+        (
+            b'image,caption\na.jpg,"a dog\n' + b"b.jpg,a cat\n" * 20000,
+            "field larger than field limit",
+        ),
+        (b"image,caption\na.jpg,a \0dog\n", "is not a text file in UTF-8 .it holds NUL"),
+        (b"", "No columns to parse"),
     ],
 )
 def test_a_csv_of_another_kind_says_where(content, said, tmp_path):
@@ -443,12 +416,8 @@ def test_a_csv_of_another_kind_says_where(content, said, tmp_path):
     [
         ("{", "is not a JSON file"),
         ("[]", "expected .*images"),
-        ('{"images": [{"filename": "a.jpg"}]}', "KeyError: 'split'"),
-        ('{"images": [{"filename": "a", "split": "val", "sentences": [{"raw": 3}]}]}', "expected"),
+        ('{"images": [{"filename": "a.jpg"}]}', "KeyError: 'sentences'"),
         ('{"images": [{"filename": "a", "split": "val", "sentences": null}]}', "expected"),
-        ('{"images": [{"filename": 3, "split": "val", "sentences": []}]}', "'3' is not text"),
-        ('{"images": [{"filename": [], "split": "val", "sentences": []}]}', "is not text"),
-        ('{"images": [{"filename": "a", "split": {}, "sentences": []}]}', "is not text"),
         ("[" * 100_000, "is not a JSON file"),
         ("1" * 5000, "is not a"),
     ],
@@ -457,6 +426,29 @@ def test_a_json_of_another_kind_says_so(text, said, tmp_path):
     write(tmp_path / "dataset_flickr8k.json", text)
     with pytest.raises(ValueError, match=rf"dataset_flickr8k\.json.*{said}"):
         load_split("flickr8k", tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        {"filename": "a", "split": "val", "sentences": [{"raw": 3}]},
+        {"filename": 3, "split": "val", "sentences": []},
+        {"filename": [], "split": "val", "sentences": []},
+        {"filename": "a", "split": {}, "sentences": []},
+    ],
+)
+def test_cells_of_another_type_are_shown(image, tmp_path):
+    write(tmp_path / "dataset_flickr8k.json", json.dumps({"images": [image]}))
+    with pytest.raises(ValueError, match=r"not an image id, file, caption and split: \("):
+        load_split("flickr8k", tmp_path, "val")
+
+
+def test_a_dataset_without_a_caption_says_so(tmp_path):
+    for name in ("captions.txt", "dataset_flickr8k.json"):
+        write(tmp_path / name, "image,caption\n" if name[0] == "c" else '{"images": []}')
+        with pytest.raises(ValueError, match="holds no captions"):
+            load_split("flickr8k", tmp_path, "train")
+        (tmp_path / name).unlink()
 
 
 def test_unknown_datasets_and_splits_list_the_known(tmp_path):

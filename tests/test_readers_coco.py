@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.datasets import save_image
 from helpers.tiny import as_flickr8k
-from PIL import Image
 
 import evaluate
 import train
@@ -16,13 +16,8 @@ from readers import SplitMissingError, load_split
 from util import shapes
 
 
-def picture(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (64, 64), (120, 90, 30)).save(path)
-
-
 def captions_of(number: int) -> list[str]:
-    return [f"a picture of number {number}", f"number {number} , again ."]
+    return [f"an image of number {number}", f"number {number} , again ."]
 
 
 def annotations(numbers: range, year: int, part: str) -> dict:
@@ -44,7 +39,7 @@ def official(request, tmp_path) -> Path:
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(value))
         for image in value["images"]:
-            picture(tmp_path / f"{part}{year}" / image["file_name"])
+            save_image(tmp_path / f"{part}{year}" / image["file_name"])
     return tmp_path
 
 
@@ -66,13 +61,14 @@ def test_val_is_parted_into_val_and_test(official):
 
 
 def test_karpathys_splits_win_and_restval_joins_train_from_its_own_folder(official):
-    named = {100: "restval", 101: "val", 102: "test"}
+    splits = {100: "restval", 101: "val", 102: "test"}
     images = [
         {"cocoid": cocoid, "split": split, "filename": path.name, "filepath": path.parent.name,
          "sentences": [{"raw": line} for line in captions_of(cocoid)]}
         for path in sorted(official.glob("*201?/*.jpg"))
         for cocoid in [int(path.stem.split("_")[-1])]
-        for split in [named.get(cocoid, "train" if cocoid < 9 else "no")]
+        for split in [splits.get(cocoid, "train")]
+        if cocoid < 103
     ]  # fmt: skip
     (official / "dataset_coco.json").write_text(json.dumps({"images": images}))
     records = load_split("coco", official, "train")
@@ -91,7 +87,7 @@ def test_coco_trains_to_its_end(official):
 
 
 def as_coco(flickr8k: Path, folder: Path) -> Path:
-    """Write a Flickr8k folder (train and dev lists, captions, photographs) out as COCO 2014."""
+    """Write a Flickr8k folder (train and dev lists, captions, images) out as COCO 2014."""
     number = 0
     for part, split in (("train", "train"), ("val", "val")):
         value: dict = {"images": [], "annotations": []}
@@ -122,7 +118,7 @@ def with_cocos_splits(flickr8k: Path, coco: Path) -> None:
         path.write_text("\n".join(listed))
 
 
-def test_photographs_in_cocos_layout_train_and_evaluate_to_the_very_same_numbers(tmp_path):
+def test_images_in_cocos_layout_train_and_evaluate_to_the_very_same_numbers(tmp_path):
     drawn = shapes.draw(tmp_path / "drawn", train=16, val=12, test=1)
     flickr8k = as_flickr8k(drawn, tmp_path / "flickr8k", ("train", "dev"))
     coco = as_coco(flickr8k, tmp_path / "coco")
@@ -157,7 +153,7 @@ def test_annotations_whose_ids_match_nothing_are_refused(official):
     for one in value["annotations"]:
         one["image_id"] += 5000
     path.write_text(json.dumps(value))
-    with pytest.raises(ValueError, match="no caption's image_id is the id of an image"):
+    with pytest.raises(SplitMissingError, match="no captions of the train split in"):
         load_split("coco", official, "train")
 
 
@@ -170,8 +166,15 @@ def test_a_file_that_is_no_annotation_is_named(official, text):
 
 
 def test_an_absent_split_is_named(tmp_path):
-    with pytest.raises(SplitMissingError, match=r"COCO's val split in .* captions_val2014"):
+    with pytest.raises(FileNotFoundError, match=r"no COCO captions in .* captions_val2014"):
         load_split("coco", tmp_path, "val")
+
+
+def test_the_annotations_of_val_alone_are_val_and_test(official):
+    next(official.glob("annotations*/captions_train*.json")).unlink()
+    with pytest.raises(SplitMissingError, match="no train split in .*; it holds "):
+        load_split("coco", official, "train")
+    assert len(load_split("coco", official, "val")) == 5
 
 
 def test_flickr30k_is_read_from_karpathys_file(tmp_path):
@@ -185,7 +188,7 @@ def test_flickr30k_is_read_from_karpathys_file(tmp_path):
     (tmp_path / "karpathy").mkdir()
     (tmp_path / "karpathy/dataset_flickr30k.json").write_text(json.dumps({"images": images}))
     for n in range(4):
-        picture(tmp_path / f"flickr30k-images/{n}.jpg")
+        save_image(tmp_path / f"flickr30k-images/{n}.jpg")
     assert [record.image_id for record in load_split("flickr30k", tmp_path, "test")] == ["3.jpg"]
     assert len(load_split("flickr30k", tmp_path, "train")) == 3
 
@@ -204,7 +207,26 @@ def test_two_images_of_one_name_are_named(official):
     value = json.loads(path.read_text())
     value["images"][1]["file_name"] = "elsewhere/" + value["images"][0]["file_name"]
     path.write_text(json.dumps(value))
-    with pytest.raises(ValueError, match=r"the images 1 and 2 of the train split .* one file name"):
+    with pytest.raises(ValueError, match=r"is listed as image 1 .* and as image 2"):
+        load_split("coco", official, "train")
+
+
+def test_an_id_may_come_again_in_the_file_of_another_split_but_not_in_its_own(official):
+    _, val = sorted(official.glob("annotations*/captions_*.json"))
+    value = json.loads(val.read_text())
+    for number, image in enumerate(value["images"], 1):
+        image["id"] = number
+    for number, each in enumerate(value["annotations"]):
+        each["image_id"] = 1 + number // 2
+    val.write_text(json.dumps(value))
+    found = load_split("coco", official, "val") + load_split("coco", official, "test")
+    assert {record.image_id for record in found} == set(range(1, 11))
+    images = [
+        {"filename": path.name, "cocoid": 7, "split": "train", "sentences": [{"raw": "a"}]}
+        for path in official.glob("train*/*.jpg")
+    ]
+    (official / "dataset_coco.json").write_text(json.dumps({"images": images}))
+    with pytest.raises(ValueError, match="two images of the train split in .* the same id"):
         load_split("coco", official, "train")
 
 

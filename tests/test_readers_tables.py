@@ -1,11 +1,12 @@
-"""Anybody's photographs: a table describes them, in any of three forms, and faults have lines."""
+"""Images of your own: a captions table in any of six formats, and faults that name the line."""
 
 import csv
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
-from test_readers_coco import picture
+from helpers.datasets import save_image
 
 import train
 from readers import SplitMissingError, load_split, read_table
@@ -32,14 +33,39 @@ def write_jsonl(path: Path, rows=ROWS, header=("image", "caption", "split")) -> 
     return path
 
 
-FORMS = {"captions.csv": write_csv, "captions.tsv": write_csv, "captions.jsonl": write_jsonl}
+def write_json(path: Path) -> Path:
+    frame = pd.DataFrame(ROWS, columns=["image", "caption", "split"])
+    frame.to_json(path, orient="records")
+    return path
+
+
+def write_excel(path: Path) -> Path:
+    pytest.importorskip("openpyxl")
+    pd.DataFrame(ROWS, columns=["image", "caption", "split"]).to_excel(path, index=False)
+    return path
+
+
+def write_parquet(path: Path) -> Path:
+    pytest.importorskip("pyarrow")
+    pd.DataFrame(ROWS, columns=["image", "caption", "split"]).to_parquet(path)
+    return path
+
+
+FORMS = {
+    "captions.csv": write_csv,
+    "captions.tsv": write_csv,
+    "captions.json": write_json,
+    "captions.jsonl": write_jsonl,
+    "captions.xlsx": write_excel,
+    "captions.parquet": write_parquet,
+}
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder of three photographs."""
+    """A folder of three images."""
     for name in ("a.jpg", "deep/er/b.jpg", "c d.jpg"):
-        picture(tmp_path / name)
+        save_image(tmp_path / name)
     return tmp_path
 
 
@@ -66,7 +92,7 @@ def test_columns_come_in_any_order_and_case_among_others(folder):
     other = folder / "other"
     other.mkdir()
     for name in ("a.jpg", "deep/er/b.jpg", "c d.jpg"):
-        picture(other / name)
+        save_image(other / name)
     write_csv(other / "captions.csv")
     assert contents(folder) == contents(other)
 
@@ -85,10 +111,10 @@ def test_keys_of_json_lines_may_be_in_upper_case(folder):
 
 
 def test_a_table_of_any_name_is_found_if_it_is_the_only_one(folder):
-    write_csv(folder / "my photos.csv")
+    write_csv(folder / "my images.csv")
     assert len(load_split("csv", folder, "train")) == 1
     write_jsonl(folder / "b.jsonl")
-    with pytest.raises(ValueError, match=r"several tables in .*: b\.jsonl, my photos\.csv"):
+    with pytest.raises(ValueError, match=r"several tables in .*: b\.jsonl, my images\.csv"):
         load_split("csv", folder, "train")
     write_csv(folder / "captions.csv")
     assert len(load_split("csv", folder, "train")) == 1
@@ -96,17 +122,17 @@ def test_a_table_of_any_name_is_found_if_it_is_the_only_one(folder):
 
 def test_images_may_lie_in_a_folder_beside_the_table_and_have_detours(folder):
     rows = [("./x/../a.jpg", "one", "train"), (f"{folder}/a.jpg", "two", "train")]
-    (folder / "photos").mkdir()
-    (folder / "a.jpg").rename(folder / "photos/a.jpg")
+    (folder / "images").mkdir()
+    (folder / "a.jpg").rename(folder / "images/a.jpg")
     write_csv(folder / "captions.csv", rows)
     (record,) = load_split("csv", folder, "train")
-    assert record.captions == ("one", "two") and record.path == folder / "photos/a.jpg"
+    assert record.captions == ("one", "two") and record.path == folder / "images/a.jpg"
 
 
 def test_without_a_split_column_images_are_split_by_the_seed(tmp_path):
     rows = [(f"{number}.jpg", f"number {number}") for number in range(16) for _ in range(3)]
     for name, _ in rows:
-        picture(tmp_path / name)
+        save_image(tmp_path / name)
     write_csv(tmp_path / "captions.csv", rows, ("image", "caption"))
     sizes = {split: len(images) for split, images in contents(tmp_path).items()}
     assert sizes == {"train": 12, "val": 2, "test": 2}
@@ -121,7 +147,7 @@ def test_captions_in_any_script_train_and_print(tmp_path, capsys):
     rows = [(f"{n}.png", line, part) for n in range(4) for line in lines
             for part in [("train", "train", "train", "test")[n]]]  # fmt: skip
     for name, *_ in rows:
-        picture(tmp_path / name)
+        save_image(tmp_path / name)
     write_csv(tmp_path / "captions.csv", rows)
     train.main([
         "--dataset", "csv", "--data-dir", str(tmp_path), "--output", str(tmp_path / "run"),
@@ -135,27 +161,34 @@ def test_captions_in_any_script_train_and_print(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("captions.csv", "photo,text\na.jpg,a dog\n", "must name the columns image,caption"),
+        ("captions.csv", "photo,text\na.jpg,a dog\n", "must have the columns image and caption"),
         ("captions.csv", "image,caption,caption\na.jpg,a,b\n", "each once"),
-        ("captions.csv", "", "must name the columns"),
+        ("captions.csv", "", "No columns"),
         ("captions.csv", "image,caption\n", "holds no captions"),
-        ("captions.csv", "image,caption\na.jpg,a dog, a cat\n", r"line 2 .*has 3 columns"),
+        ("captions.csv", "image,caption\na.jpg,a dog, a cat\n", "2 fields in line 2, saw 3"),
         ("captions.csv", "image,caption\n../a.jpg,a dog\n", r"'\.\./a\.jpg' leaves the dataset's"),
         ("captions.csv", "image,caption\n/etc/a.jpg,a dog\n", r"leaves the dataset's folder"),
         ("captions.csv", "image,caption\nx/../../a.jpg,a\n", r"leaves the dataset's folder"),
-        ("captions.tsv", "image,caption\na.jpg,a dog\n", r"must name the columns image\tcaption"),
-        ("captions.csv", "image,caption,split\na.jpg,a,train\na.jpg,b,val\n", "another split"),
-        ("captions.csv", "image,caption,split\na.jpg,a,train\nb.jpg,b,\n", "split of some images"),
-        ("captions.csv", "image,caption,split\na.jpg,a,dog\n", r"line 2: split 'dog' is not known"),
+        ("captions.tsv", "image,caption\na.jpg,a dog\n", "not 'image,caption'"),
+        ("captions.csv", "image,caption,id\na.jpg,a,1\n\nb.jpg\n", "line 4 has 1 cells, not 3"),
+        ("captions.csv", 'image,caption\na.jpg,"a dog\n', "unexpected end of data"),
+        ("captions.json", '{"images": []}', r"must have the columns .* not 'images'"),
+        ("captions.json", '["a.jpg"]', r"line 1 is not \{"),
+        ("captions.json", "[{]", "is not a JSON file"),
+        ("captions.xlsx", "image,caption\n", "can't be read as a table of captions"),
+        ("captions.parquet", "image,caption\n", "can't be read as a table of captions"),
+        ("captions.csv", "image,caption,split\na.jpg,a,train\na.jpg,b,val\n", "a.jpg is listed as"),
+        ("captions.csv", "image,caption,split\na.jpg,a,train\nb.jpg,b,\n", "1 of 2 images have no"),
+        ("captions.csv", "image,caption,split\na.jpg,a,dog\n", "'dog' of a.jpg is not known"),
         ("captions.csv", "image,caption\na.jpg,a\n,b\n", "line 3 has no image"),
-        ("captions.csv", "image,caption\na.jpg,a\nb.jpg,b\n", "2 images: too few to split"),
+        ("captions.csv", "image,caption\na.jpg,a\nb.jpg,b\n", "2 of 2 images have no split"),
         ("captions.jsonl", "[" * 100000 + "\n", "line 1 is not JSON"),
-        ("captions.jsonl", '{"image": "a.jpg"}\n', r"line 1 has no caption"),
+        ("captions.jsonl", '{"image": "a.jpg"}\n', "must have the columns"),
         ("captions.jsonl", '{"image": "a.jpg", "caption": ["a"]}\n', r"line 1 has no caption"),
         ("captions.jsonl", '\n{"image": 3, "caption": "a"}\n', r"line 2 has no image"),
         ("captions.jsonl", '["a.jpg", "a"]\n', r"line 1 is not \{"),
         ("captions.jsonl", "a.jpg,a dog\n", r"line 1 is not JSON"),
-        ("captions.jsonl", '{"image": "a.jpg", "caption": "a", "split": 3}\n', "split '3'"),
+        ("captions.jsonl", '{"image": "a.jpg", "caption": "a", "split": 3}\n', r"split: .*3\)"),
     ],
 )  # fmt: skip
 def test_a_fault_is_named(name, text, said, folder):
@@ -178,4 +211,53 @@ def test_a_table_that_is_no_text_is_named(tmp_path):
     path = tmp_path / "captions.csv"
     path.write_bytes("image,caption\na.jpg,ça\n".encode("latin-1"))
     with pytest.raises(ValueError, match=r"captions\.csv is not a text file in UTF-8"):
-        list(read_table(path))
+        read_table(path)
+
+
+@pytest.mark.parametrize(("image", "caption"), [("file_name", "text"), ("image_name", "comment")])
+def test_columns_of_other_datasets_are_known(image, caption, folder):
+    write_csv(folder / "metadata.csv", ROWS, (image, caption, "split"))
+    other = folder / "other"
+    for name in ("a.jpg", "deep/er/b.jpg", "c d.jpg"):
+        save_image(other / name)
+    write_csv(other / "captions.csv")
+    assert contents(folder) == contents(other)
+
+
+def test_kaggles_flickr30k_table_is_read_and_its_broken_line_named(folder):
+    text = 'image_name| comment_number| comment\na.jpg| 0| Two "men" .\na.jpg| 1| A dog .\n'
+    for name in ("b.jpg", "c.jpg"):
+        save_image(folder / name)
+        text += f"{name}| 0| {name} .\n"
+    path = folder / "results.csv"
+    path.write_text(text)
+    table = read_table(path)
+    assert table["caption"].str.strip().tolist()[:2] == ['Two "men" .', "A dog ."]
+    assert sum(map(len, contents(folder).values())) == 3
+    path.write_text(text + "2199200615.jpg| 4   A dog runs across the grass .\n")
+    with pytest.raises(ValueError, match=r"line 6 has 2 cells, not 3: \['2199200615.jpg', '4   A"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("text", ["007", "NA", "null", "1.0", "True", "2024-01-01", "=1", "#a"])
+def test_a_caption_is_never_taken_for_anything_but_text(text, folder):
+    write_csv(folder / "captions.csv", [("a.jpg", text, "train")])
+    assert load_split("csv", folder, "train")[0].captions == (text,)
+
+
+def test_other_json_files_are_no_tables(folder):
+    (folder / "settings.json").write_text("{}")
+    write_csv(folder / "mine.csv", ROWS[:2])
+    assert len(load_split("csv", folder, "train")) == 1
+
+
+@pytest.mark.parametrize(("name", "package"), [("a.xlsx", "openpyxl"), ("a.parquet", "pyarrow")])
+def test_a_package_that_is_absent_is_named(name, package, folder, monkeypatch):
+    def absent(*_, **__):
+        raise ImportError("Missing optional dependency")
+
+    monkeypatch.setattr(pd, "read_excel", absent)
+    monkeypatch.setattr(pd, "read_parquet", absent)
+    (folder / name).touch()
+    with pytest.raises(ValueError, match=f"is read with {package}: pip install {package}$"):
+        load_split("csv", folder, "train")

@@ -203,7 +203,7 @@ def test_finetuning_changes_the_last_stages_and_nothing_else(resnet, drawn, tmp_
 def test_a_run_without_val_and_test_trains_and_says_so(resnet, drawn, tmp_path, caplog):
     data = as_flickr8k(drawn, tmp_path / "data", ("train",))
     train_resnet(resnet, data, tmp_path)
-    assert "no val scores" in caplog.text and "no test scores" in caplog.text
+    assert "no val split in" in caplog.text and "no test split in" in caplog.text
     assert losses(tmp_path / "run")[0][1:] == ("", "")
 
 

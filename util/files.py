@@ -163,6 +163,18 @@ def format_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False)
 
 
+def read_text(path: Path) -> str:
+    """Return a text file's content, line ends as \\n; UserError with its name if it is no UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        reason = "it holds NUL" if "\0" in text else ""
+    except UnicodeDecodeError as error:
+        reason = error.reason
+    if reason:
+        raise UserError(f"{path} is not a text file in UTF-8 ({reason}); save it as UTF-8")
+    return text
+
+
 def read_json(path: str | Path) -> Any:
     """Return the content of a JSON file; UserError with its name if it is not JSON."""
     try:

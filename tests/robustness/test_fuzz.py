@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.datasets import token_text
 from helpers.tiny import tiny_model
 from PIL import Image, features
-from test_readers import token_text
 
 import evaluate
 from inference import Captioner
