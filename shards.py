@@ -132,10 +132,12 @@ def read_captions(folder: Path, shard: str) -> list[list]:
         about = {}
         with contextlib.suppress(ValueError, TypeError, RecursionError):
             about = dict(json.loads(texts.get(f"{key}.json", b"{}")))
-        text = texts.get(f"{key}.txt", b"").decode("utf-8", "replace")
-        captions = about.get("captions") or [text or about.get("caption")]
-        # Keys of two shards may be the same; image ids must differ.
-        image_id = about.get("image_id") or f"{shard.removesuffix('.tar')}/{name}"
+        image_id, captions = about.get("image_id"), about.get("captions")
+        if type(image_id) not in (str, int):  # keys are unique in a shard only
+            image_id = f"{shard.removesuffix('.tar')}/{name}"
+        if not isinstance(captions, list) or not captions:
+            text = texts.get(f"{key}.txt", b"").decode("utf-8", "replace")
+            captions = [text or about.get("caption")]
         if all(isinstance(caption, str) and caption.strip() for caption in captions):
             rows.append([name, image_id, captions])
     return rows

@@ -14,13 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import readers
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from synthetic import captions, photographs, vocabulary  # noqa: E402
 
+import readers  # noqa: E402
 from dataset import Batch, CaptionDataset, collate_fn, get_loader  # noqa: E402
 from encoder import image_transform  # noqa: E402
 from readers import Record, report_left_out  # noqa: E402

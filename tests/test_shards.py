@@ -115,8 +115,12 @@ def test_a_folder_of_img2dataset_is_one_train_split(drawn, tmp_path, monkeypatch
     with monkeypatch.context() as patch:  # captions are collected once
         patch.setattr(shards, "read_tar", lambda *_: pytest.fail("read again"))
         assert len(listed(tmp_path / "laion", tmp_path / "cache")) == 24
-    write_tar(tmp_path / "laion/00003.tar", {"9.png": b"?", "9.txt": b"one more", "8.png": b"?"})
-    assert listed(tmp_path / "laion", tmp_path / "cache")[24].captions == ("one more",)
+    odd = json.dumps({"image_id": 1.5, "captions": "odd", "caption": 3}).encode()
+    odd_members = {"9.png": b"?", "9.txt": b"one more", "9.json": odd, "8.png": b"?", "8.json": odd}
+    write_tar(tmp_path / "laion/00003.tar", odd_members)
+    assert [row[::2] for row in listed(tmp_path / "laion", tmp_path / "cache")[24:]] == [
+        ("00003/9.png", ("one more",))
+    ]
 
 
 # --- written safely
