@@ -4,21 +4,31 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers.tiny import METHODS, run_script
 from PIL import Image
 
 import evaluate
+import inference
 import metrics
 from decoding import DecodingConfig
-from evaluate import by_own_ids, caption_split, captions_json, read_captions, split_features
+from evaluate import (
+    caption_batch,
+    captions_json,
+    encode_split,
+    match_image_ids,
+    read_captions,
+    score_split,
+)
 from features import cached_features
 from inference import Captioner
 from readers import Record, load_split
-from util import shapes
+from util import java_metrics, shapes
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr")
@@ -45,6 +55,13 @@ def script(data, capsys):
 
 def right_captions(records):
     return {record.image_id: record.captions[0] for record in records}
+
+
+def caption_all(model, records, decoding=None, cache=None, **options):
+    captions = {}
+    for batch in encode_split(model, records, cache, **options):
+        captions |= caption_batch(model, batch, decoding or DecodingConfig())
+    return captions
 
 
 def write(path, value):
@@ -99,9 +116,8 @@ def test_scoring_its_own_captions_gives_the_same_scores(run, tmp_path, script):
 def test_batches_and_workers_change_no_caption(method, run, records):
     model = Captioner.load(run, "cpu").model
 
-    def captions(**how):
-        features = split_features(model, records, **how)
-        return caption_split(model, features, DecodingConfig(method=method), len(records))
+    def captions(**options):
+        return caption_all(model, records, DecodingConfig(method=method), **options)
 
     expected = captions(batch_size=64, workers=0)
     assert list(expected) == [record.image_id for record in records]
@@ -112,23 +128,53 @@ def test_batches_and_workers_change_no_caption(method, run, records):
         assert captions(batch_size=5, workers=2) == expected
 
 
-def test_evaluation_captions_what_inference_captions(run, records):
+@pytest.mark.parametrize("method", METHODS)
+def test_evaluation_captions_what_inference_captions(method, run, records):
     captioner = Captioner.load(run, "cpu")
-    features = split_features(captioner.model, records, workers=0)
-    captions = caption_split(captioner.model, features, DecodingConfig())
+    decoding = DecodingConfig(method=method, seed=5)
+    captions = caption_all(captioner.model, records, decoding, batch_size=5, workers=0)
     for record in records:
-        assert captions[record.image_id] == captioner.caption(record.path)
+        expected = captioner.caption(record.path, method=method, seed=5)
+        assert captions[record.image_id] == expected
+
+
+def test_both_scripts_sample_the_same_captions(run, records, data, tmp_path, script):
+    made, lines = tmp_path / "made.json", tmp_path / "lines.json"
+    sampling = ("--checkpoint", run, "--method", "sample", "--seed", 3)
+    assert script(*sampling, "--captions-json", made)[0] == 0
+    paths = [str(record.path) for record in records]
+    inference.main([*paths, *map(str, sampling), "--json", str(lines)])
+    rows = json.loads(lines.read_text())
+    theirs = {Path(row["image"]).name: row["captions"][0]["text"] for row in rows}
+    assert theirs == {row["image_id"]: row["caption"] for row in json.loads(made.read_text())}
 
 
 def test_cached_features_give_the_captions_of_the_files(run, records, tmp_path):
     model = Captioner.load(run, "cpu").model
     cache = cached_features(records, model.encoder, 64, tmp_path, "val", workers=0)
+    expected = caption_all(model, records, batch_size=5, workers=0)
+    assert caption_all(model, records, cache=cache, batch_size=5, workers=0) == expected
 
-    def captions(cache):
-        features = split_features(model, records, cache, batch_size=5, workers=0)
-        return caption_split(model, features, DecodingConfig())
 
-    assert captions(cache) == captions(None)
+def test_features_of_few_batches_are_in_memory_at_once(run, records, tmp_path):
+    """So that memory does not grow with the split."""
+    model = Captioner.load(run, "cpu").model
+    features = cached_features(records, model.encoder, 64, tmp_path, "val", workers=0)
+    first = features.get(records[0].image_id)
+    cache = SimpleNamespace(get=lambda image_id: first)
+    records = [Record(number, Path("x.png"), ("a dog",)) for number in range(6 * 64)]
+    batches, most = [], 0
+
+    def watch(iterable):
+        nonlocal most
+        for batch in iterable:
+            batches.append(weakref.ref(batch.features[0]))
+            most = max(most, sum(reference() is not None for reference in batches))
+            yield batch
+
+    _, captions = score_split(model, records, DecodingConfig(method="greedy"), cache, watch)
+    assert len(batches) == 6 and len(captions) == len(records)
+    assert most <= 3
 
 
 def test_captions_may_come_in_any_order(records, tmp_path, script):
@@ -163,7 +209,7 @@ def test_the_function_returns_what_the_script_writes(run, data, tmp_path, script
 def test_ids_meet_as_numbers_or_as_text(own, theirs, tmp_path):
     record = Record(own, Path("x.jpg"), ("a dog",))
     path = write(tmp_path / "in.json", [{"image_id": theirs, "caption": "a cat"}])
-    captions = by_own_ids(read_captions(path), [record], [])
+    captions = match_image_ids(read_captions(path), [record], [])
     assert captions_json(captions) == [{"image_id": own, "caption": "a cat"}]
 
 
@@ -200,7 +246,7 @@ def test_a_file_that_holds_no_captions_is_described(value, said, tmp_path):
 @pytest.mark.parametrize("second", [7, "7"])
 def test_two_captions_of_one_image_are_refused(second, tmp_path):
     rows = [{"image_id": name, "caption": "a dog"} for name in (7, second)]
-    with pytest.raises(ValueError, match="two captions of image '?7'?; expected one an image"):
+    with pytest.raises(ValueError, match="two captions of image '?7'?; expected one per image"):
         read_captions(write(tmp_path / "in.json", rows))
 
 
@@ -242,7 +288,7 @@ def test_too_many_unreadable_images_are_an_error(run, damaged, monkeypatch, tmp_
 
 
 def test_where_java_is_missing_a_line_says_so(records, monkeypatch, caplog):
-    monkeypatch.setattr(metrics.shutil, "which", lambda name: None)
+    monkeypatch.setattr(java_metrics.shutil, "which", lambda name: None)
     right = right_captions(records)
     scores = evaluate.score_captions(records, right, java=True)
     assert scores == evaluate.score_captions(records, right)

@@ -57,8 +57,8 @@ def marking(owner, name, phase):
 marking(features, "extract", "caching")
 stage = lambda given: "critical" if given[0].critical else "step"
 marking(trainer.Trainer, "clip_gradients", stage)
-marking(evaluate, "caption_split", "evaluation")
-marking(evaluate, "split_loss", "evaluation")
+marking(evaluate, "caption_batch", "evaluation")
+marking(evaluate, "batch_loss", "evaluation")
 marking(train, "save_state", "checkpoint")
 marking(train, "write_metrics", "checkpoint")
 marking(train.CaptionModel, "save", "checkpoint")
