@@ -100,13 +100,13 @@ def test_every_script_prints_its_flags(module, capsys):
 
 
 def commands() -> list[list[str]]:
-    """Return the project's own commands in the README and the other pages, as arguments."""
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    """Return the project's commands in the README and the other pages, each once, as arguments."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "weights/README.md"]
     text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     text = re.sub(r"\\\n\s*", " ", text)
     blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL))
     lines = re.findall(r"python (?:{})\.py[^\n&|#]*".format("|".join(SCRIPTS)), blocks)
-    return [shlex.split(line)[1:] for line in lines]
+    return [shlex.split(line)[1:] for line in dict.fromkeys(map(str.strip, lines))]
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
