@@ -38,14 +38,7 @@ from encoder import (
     image_transform,
     multiplies_bfloat16,
 )
-from readers import (
-    DATASETS,
-    UNREADABLE,
-    Record,
-    are_too_many,
-    load_splits,
-    report_left_out,
-)
+from readers import DATASETS, UNREADABLE, Record, are_too_many, load_splits, report_left_out
 from shards import write_shards
 from util import files
 from util.files import UserError
@@ -83,7 +76,16 @@ class FeatureCache:
         if "images_per_file" in description:
             sizes = description["images"], description["images_per_file"]
             self.paths = [file for file, _ in split_into_files(path, *sizes)]
-        self.arrays = [map_features(file) for file in self.paths]
+        self.arrays = []
+        for file in self.paths:
+            try:
+                # Unlike np.load, open_memmap accepts no other format: neither pickles nor archives.
+                self.arrays.append(np.lib.format.open_memmap(file, mode="r"))
+            except ValueError as error:
+                raise UserError(
+                    f"the feature cache {file} is damaged ({error}); delete it, and it will be "
+                    "made again"
+                ) from error
         self.images_per_file = len(self.arrays[0])  # the last file may have fewer
         image_ids: list[str | int] = []
         self.left_out: list[str | int] = []  # images that could not be read: rows of zeros
@@ -112,16 +114,6 @@ class FeatureCache:
         """Return the features (S, C) of an image, float16; KeyError for an unknown id."""
         file, row = divmod(self.rows[image_id], self.images_per_file)
         return torch.from_numpy(np.array(self.arrays[file][row, view]))
-
-
-def map_features(path: Path) -> np.ndarray:
-    """Return the array in a cache's .npy file, memory-mapped."""
-    try:
-        return np.lib.format.open_memmap(path, mode="r")  # np.load accepts other formats too
-    except ValueError as error:
-        raise UserError(
-            f"the feature cache {path} is damaged ({error}); delete it, and it will be made again"
-        ) from error
 
 
 def abbreviate(value: Any) -> str:

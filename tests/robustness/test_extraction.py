@@ -171,6 +171,10 @@ def test_a_cache_of_several_files_is_the_cache_of_one(
     build(records, encoder, tmp_path)
     with pytest.raises(ValueError, match="has image_ids '[0-9a-f]{49}… .*, but '[0-9a-f]{49}"):
         FeatureCache(cache.path, describe(records[1:], encoder, 32))
+    damaged = cache.paths[1]
+    os.truncate(damaged, 100)
+    with pytest.raises(ValueError, match=rf"{damaged.name} is damaged"):
+        FeatureCache(cache.path)
 
 
 def test_each_process_builds_its_files_and_then_those_that_are_missing(

@@ -1,6 +1,6 @@
-"""What holds for every text and every setting: Hypothesis looks for the one that breaks it.
+"""Properties of any text and any setting, tested by Hypothesis on generated examples.
 
-`pytest tests/test_properties.py --hypothesis-profile long` looks a hundred times longer.
+`pytest tests/robustness/test_properties.py --hypothesis-profile long` tries a hundred times more.
 """
 
 import csv
@@ -21,7 +21,7 @@ from readers import load_split, read_table, read_token_file
 from util import files
 from vocabulary import Vocabulary, split_words
 
-# A line as a user may type it: any sign but line ends and lone surrogates, which UTF-8 has not.
+# Any line of a text file: no line ends, and no lone surrogates, which UTF-8 cannot encode.
 LINE = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0"), max_size=40)
 NAMES = st.text(
     st.characters(exclude_categories=["Cs", "Cc", "Zs", "Zl", "Zp"]), min_size=1, max_size=12
@@ -110,7 +110,7 @@ READERS = {
 @example(content=b'{"images": [{"cocoid": 1e999, "split": "train"}]}')
 @example(content=b'{"images": [{"filename": [], "split": "train", "sentences": []}]}')
 @example(content=b'{"images": [{"id": 1, "file_name": 3}], "annotations": []}')
-def test_a_reader_reads_any_content_or_says_in_a_line_what_is_wrong(name, content, folder):
+def test_a_reader_accepts_any_content_or_raises_one_clear_line(name, content, folder):
     path = folder / name.split(".")[0] / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
@@ -127,14 +127,14 @@ def test_a_reader_reads_any_content_or_says_in_a_line_what_is_wrong(name, conten
 @given(st.text(max_size=60))
 @example("ﬁ İ ß ǆ")
 @example("x\ud800y")
-def test_the_words_of_any_caption_are_plain_and_are_their_own_words(caption):
+def test_splitting_any_caption_gives_printable_words_that_split_no_further(caption):
     found = split_words(caption)
     assert split_words(" ".join(found)) == found
     assert all(word.isprintable() and word.split() == [word] for word in found)
 
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=5), st.integers(0, 8))
-def test_any_caption_encoded_is_of_known_words_and_as_long_as_it_may_be(captions, seq_len):
+def test_encode_keeps_the_known_words_of_any_caption_up_to_seq_len(captions, seq_len):
     known = sorted({word for caption in captions[:3] for word in split_words(caption)})
     vocabulary = Vocabulary(known)
     for caption in captions:
@@ -163,7 +163,7 @@ MEMORY = st.builds(
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @given(toy=TOYS, memory=MEMORY, settings=SETTINGS)
-def test_every_caption_is_of_words_within_bounds_and_as_probable_as_it_says(
+def test_every_caption_is_within_bounds_and_its_log_probability_is_correct(
     method, toy, memory, settings
 ):
     decoded = method(toy, memory, **settings)
@@ -199,7 +199,9 @@ def test_neither_batch_nor_order_changes_a_caption(method, toy, memory, settings
 
 
 @given(TOYS, MEMORY, st.integers(1, MAX_WORDS), st.integers(2, 12))
-def test_the_best_captions_of_a_beam_differ_and_come_best_first(toy, memory, max_words, beam_size):
+def test_the_captions_of_a_beam_are_distinct_and_ordered_by_score(
+    toy, memory, max_words, beam_size
+):
     decoded = beam_search(toy, memory, max_words=max_words, beam_size=beam_size, n=beam_size)
     for captions in to_captions(decoded):
         assert len(set(captions)) == len(captions)
