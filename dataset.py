@@ -3,20 +3,28 @@
 B images · M captions in a batch · T words · S image positions · C backbone channels
 """
 
+import contextlib
+import random
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import chain, groupby, pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from readers import DATASETS, Record, load_split
+from readers import DATASETS, Record, are_too_many, load_split, report_left_out
+from shards import read_images
 from util.files import UserError
 from util.images import read_image
 from util.seeding import derive_seed, fork_seeded, seeded_generator
 from util.signals import block_signals, ignore_signals
+from util.tars import import_webdataset
 from vocabulary import PAD, Vocabulary
 
 __all__ = [
@@ -28,9 +36,12 @@ __all__ = [
     "collate_fn",
     "get_loader",
     "load_split",
+    "stream_loader",
 ]
 
 MOST_CAPTIONS = 50  # per image in a batch: an image with thousands would not fit into memory
+
+BUFFER = 1000  # image files in the shuffle buffer of tar shards: about 100 MB
 
 # Captions with these words would be wrong for the mirrored image.
 SIDES = re.compile(r"\b(?:left|right)(?:most|wards?|hand(?:ed)?|side)?\b", re.IGNORECASE)
@@ -176,3 +187,119 @@ class Loader(DataLoader):
     def __iter__(self) -> Iterator[Any]:
         with block_signals():  # the workers are started here
             return super().__iter__()
+
+
+# ---- training from tar shards ----------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class ShardStream(IterableDataset):
+    """A rank's micro-batches of an epoch, and last the error that ended it, if one did."""
+
+    dataset: CaptionDataset
+    root: str
+    reading: list[Record]  # in the order of the shards
+    batches: list[list[Record]]
+    threads: int
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch | Exception]:
+        try:
+            with ThreadPoolExecutor(self.threads or 1) as pool:
+                yield from self.make_batches(pool.map if self.threads else map)
+        except (UserError, OSError) as error:  # DataLoader would add the traceback of its worker
+            yield error
+
+    def make_batches(self, run: Callable) -> Iterator[Batch]:
+        """Yield the collated batches, images decoded by `run`, a map."""
+        needed = {record.path for record in chain(*self.batches)}
+        images = read_images(self.root, [one for one in self.reading if one.path in needed])
+        buffer: dict[Path, bytes | None] = {}
+        # Augmentation draws from torch's one generator, which threads would share.
+        augments = self.dataset.flip or getattr(self.dataset.transform, "crop", False)
+        lock = threading.Lock() if augments else contextlib.nullcontext()
+
+        def read_file(record: Record) -> bytes | None:
+            while record.path not in buffer:
+                found, content = next(images)
+                buffer[found.path] = content
+            return buffer.pop(record.path)
+
+        def make_item(record: Record, content: bytes | None) -> tuple | None:
+            try:
+                image = content and read_image(content)
+            except UserError:
+                image = None
+            with lock:
+                return self.dataset.item(record, image) if image else None
+
+        made = (run(make_item, part, [*map(read_file, part)]) for part in self.batches)
+        lost: list[str | int] = []
+        # In pairs, so that one batch is read while threads decode the one before.
+        for part, (items, _) in zip(self.batches, pairwise(chain(made, [None])), strict=True):
+            items = list(items)
+            lost += [one.image_id for one, item in zip(part, items, strict=True) if item is None]
+            if are_too_many(len(lost), len(needed)):  # raises now, not after the epoch
+                report_left_out(lost, len(needed), "of the shards can't be read")
+            yield collate_fn([item for item in items if item is not None])
+        report_left_out(lost, len(needed), "of the shards can't be read")
+
+
+class StreamLoader(Loader):
+    """A loader of a `ShardStream`, whose error it raises."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches, error = super().__iter__(), None
+        for batch in batches:
+            if isinstance(batch, Exception):
+                error = batch
+                break
+            yield batch
+        del batches  # ends the worker, which the error's traceback would keep
+        if error:
+            raise error
+
+
+def stream_loader(
+    dataset: CaptionDataset,
+    root: str | Path,
+    batch_size: int,
+    *,
+    seed: int = 0,
+    epoch: int = 0,
+    skip: int = 0,
+    workers: int = 0,
+    accumulate: int = 1,
+    rank: int = 0,
+    world: int = 1,
+) -> StreamLoader:
+    """Return a loader of one epoch's `Batch`es from tar shards, as `get_loader` does from files.
+
+    The dataset has the records of `readers.list_shards`, or the first of them. The shards in a
+    random order are one long sequence of images; each rank reads an unbroken part of it and
+    shuffles it in a buffer, depending on (seed, epoch, rank, world) alone. A resumed epoch opens
+    only the shards it still needs. All ranks have the same number of batches, some may be empty.
+    One process reads ahead, with `workers` threads that decode.
+    """
+    shards = [list(group) for _, group in groupby(dataset.records, lambda row: row.path.parent)]
+    random.Random(derive_seed("shards", seed, epoch)).shuffle(shards)
+    sequence, total = list(chain(*shards)), len(dataset.records)
+    # (n + rank) // world of the first n images are a rank's: over all ranks that makes n.
+    start = sum((total + other) // world for other in range(rank))
+    reading = sequence[start : start + (total + rank) // world]
+    # The records are shuffled as the buffer would shuffle images, before any image is read.
+    rng = random.Random(derive_seed("buffer", seed, epoch, rank, world))
+    shuffle = import_webdataset().shuffle(BUFFER, initial=BUFFER, rng=rng)
+    order = list(shuffle(iter(reading)))
+    ends = [(min(end, total) + rank) // world for end in range(0, total + batch_size, batch_size)]
+    batches = [order[first:last] for first, last in pairwise(ends)][skip:]
+    parts = [batch[part::accumulate] for batch in batches for part in range(accumulate)]
+    dataset = replace(dataset, epoch=epoch)  # its own: another epoch's loader may still be in use
+    return StreamLoader(
+        ShardStream(dataset, str(root), reading, parts, workers),
+        batch_size=None,
+        num_workers=1 if workers and parts else 0,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -12,32 +12,25 @@ import hashlib
 import io
 import json
 import os
-import random
 import re
-import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from itertools import chain, groupby, pairwise, repeat
+from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from util import files
 from util.files import UserError
 from util.images import EXTENSIONS, read_image
 from util.seeding import derive_seed
-from util.signals import block_signals, ignore_signals
 from util.tars import import_webdataset, is_address, locate, open_file, read_tar
 
 SPLITS = ("train", "val", "test")
 FORMAT, VERSION, INDEX = "image-captioning shards", 1, "index.json"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9]+)+")  # of a file, never a path
-BUFFER = 1000  # image files in the shuffle buffer: about 100 MB
 
 
 class Row(NamedTuple):
@@ -87,9 +80,9 @@ def read_rows(root: str | Path, split: str, cache_dir: Path) -> list[Row]:
             for line, folder in zip(lines, folders, strict=True):
                 file, image_id, captions = json.loads(line)
                 good = type(image_id) in (str, int) and type(captions) is list and captions
-                if not good or not NAME.fullmatch(file):
+                if not good or not NAME.fullmatch(file) or {*map(type, captions)} != {str}:
                     raise ValueError(f"the row {[file, image_id, captions]}")
-                rows.append(Row(image_id, folder / file, tuple(map(str.strip, captions))))
+                rows.append(Row(image_id, folder / file, tuple(captions)))
     except (ValueError, TypeError, RecursionError, EOFError, OSError, zlib.error) as error:
         where = locate(index["place"], name)
         text = f"is damaged, or not the list of captions that {INDEX} describes"
@@ -137,7 +130,7 @@ def read_captions(folder: Path, shard: str) -> list[list]:
             image_id = f"{shard.removesuffix('.tar')}/{name}"
         if not isinstance(captions, list) or not captions:
             text = texts.get(f"{key}.txt", b"").decode("utf-8", "replace")
-            captions = [text or about.get("caption")]
+            captions = [text.strip() or about.get("caption")]
         if all(isinstance(caption, str) and caption.strip() for caption in captions):
             rows.append([name, image_id, captions])
     return rows
@@ -289,122 +282,3 @@ def write_index(
         index["splits"][split] = {"list": f"{split}.jsonl.gz", "shards": counts}
     files.write_json(folder / INDEX, index)
     return index
-
-
-# ---- training --------------------------------------------------------------------------------
-
-
-class ShardStream(IterableDataset):
-    """A rank's micro-batches of an epoch, and last the error that ended it, if one did."""
-
-    def __init__(self, dataset, root, reading, batches, threads, collate_fn, report):
-        """`reading` has the records in the order of the shards, `batches` in that of training."""
-        self.dataset, self.root, self.reading, self.batches = dataset, root, reading, batches
-        self.threads, self.collate_fn, self.report = threads, collate_fn, report
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        try:
-            with ThreadPoolExecutor(self.threads or 1) as pool:
-                yield from self.make_batches(pool.map if self.threads else map)
-        except (UserError, OSError) as error:  # DataLoader would add the traceback of its worker
-            yield error
-
-    def make_batches(self, run: Callable) -> Iterator[Any]:
-        """Yield the collated batches, images decoded by `run`, a map."""
-        needed = {record.path for record in chain(*self.batches)}
-        images = read_images(self.root, [one for one in self.reading if one.path in needed])
-        buffer: dict[Path, bytes | None] = {}
-        # Augmentation draws from torch's one generator, which threads would share.
-        augments = self.dataset.flip or getattr(self.dataset.transform, "crop", False)
-        lock = threading.Lock() if augments else contextlib.nullcontext()
-
-        def read_file(record: Row) -> bytes | None:
-            while record.path not in buffer:
-                found, content = next(images)
-                buffer[found.path] = content
-            return buffer.pop(record.path)
-
-        def make_item(record: Row, content: bytes | None) -> tuple | None:
-            try:
-                image = content and read_image(content)
-            except UserError:
-                image = None
-            with lock:
-                return self.dataset.item(record, image) if image else None
-
-        made = (run(make_item, part, [*map(read_file, part)]) for part in self.batches)
-        lost: list[str | int] = []
-        # In pairs, so that one batch is read while threads decode the one before.
-        for part, (items, _) in zip(self.batches, pairwise(chain(made, [None])), strict=True):
-            items = list(items)
-            lost += [one.image_id for one, item in zip(part, items, strict=True) if item is None]
-            if len(lost) > 1 + len(needed) // 50:  # far too many: raise now, not after the epoch
-                self.report(lost, len(needed), "of the shards can't be read")
-            yield self.collate_fn([item for item in items if item is not None])
-        self.report(lost, len(needed), "of the shards can't be read")
-
-
-class StreamLoader(DataLoader):
-    """A loader of a `ShardStream`, whose error it raises."""
-
-    def __iter__(self) -> Iterator[Any]:
-        with block_signals():  # the worker starts here
-            batches = super().__iter__()
-        error = None
-        for batch in batches:
-            if isinstance(batch, Exception):
-                error = batch
-                break
-            yield batch
-        del batches  # ends the worker, which the error's traceback would keep
-        if error:
-            raise error
-
-
-def stream_loader(
-    dataset: Any,
-    root: str | Path,
-    batch_size: int,
-    collate_fn: Callable,
-    report: Callable,
-    *,
-    seed: int = 0,
-    epoch: int = 0,
-    skip: int = 0,
-    workers: int = 0,
-    accumulate: int = 1,
-    rank: int = 0,
-    world: int = 1,
-) -> StreamLoader:
-    """Return a loader of an epoch's training batches, as `dataset.get_loader` does for files.
-
-    `dataset` is a `CaptionDataset` of the rows of the train split, or the first of them. The shards
-    in a random order are one long sequence of images; each rank reads an unbroken part of it and
-    shuffles it in a buffer, depending on (seed, epoch, rank, world) alone. A resumed epoch opens
-    only the shards it still needs. All ranks have the same number of batches, some may be empty.
-    One process reads ahead, with `workers` threads that decode.
-    """
-    shards = [list(group) for _, group in groupby(dataset.records, lambda row: row.path.parent)]
-    random.Random(derive_seed("shards", seed, epoch)).shuffle(shards)
-    sequence, total = list(chain(*shards)), len(dataset.records)
-    # (n + rank) // world of the first n images are a rank's: over all ranks that makes n.
-    start = sum((total + other) // world for other in range(rank))
-    reading = sequence[start : start + (total + rank) // world]
-    # The records are shuffled as the buffer would shuffle images, before any image is read.
-    rng = random.Random(derive_seed("buffer", seed, epoch, rank, world))
-    shuffle = import_webdataset().shuffle(BUFFER, initial=BUFFER, rng=rng)
-    order = list(shuffle(iter(reading)))
-    ends = [(min(end, total) + rank) // world for end in range(0, total + batch_size, batch_size)]
-    batches = [order[first:last] for first, last in pairwise(ends)][skip:]
-    parts = [batch[part::accumulate] for batch in batches for part in range(accumulate)]
-    dataset = replace(dataset, epoch=epoch)  # its own: another epoch's loader may still be in use
-    return StreamLoader(
-        ShardStream(dataset, str(root), reading, parts, workers, collate_fn, report),
-        batch_size=None,
-        num_workers=1 if workers and parts else 0,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_signals,
-    )

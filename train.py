@@ -20,21 +20,14 @@ from tqdm import tqdm
 
 import readers
 from config import Config, configure, flatten
-from dataset import CaptionDataset, collate_fn, get_loader
+from dataset import CaptionDataset, get_loader, stream_loader
 from decoding import DecodingConfig
 from encoder import Encoder, build_encoder, image_transform
 from evaluate import print_scores, score_split
 from features import FeatureCache, cached_features
 from losses import Reward, sample_captions
 from model import CaptionModel, read_metadata
-from readers import (
-    Record,
-    data_folder,
-    keep_readable,
-    load_splits,
-    report_left_out,
-)
-from shards import stream_loader
+from readers import Record, data_folder, keep_readable, load_splits
 from trainer import Trainer
 from util import distributed, files, plots
 from util.checkpoints import load_state, run_folder, save_state, write_metrics
@@ -213,8 +206,8 @@ def load_epoch(trainer: Trainer, config: Config, records: Sequence[Record], cach
         "world": distributed.world_size(),
     }
     if data.dataset == "shards":
-        root, stream = data_folder("shards", data.data_dir), (collate_fn, report_left_out)
-        return stream_loader(dataset, root, config.train.batch_size, *stream, **options)
+        root = data_folder("shards", data.data_dir)
+        return stream_loader(dataset, root, config.train.batch_size, **options)
     return get_loader(dataset, config.train.batch_size, shuffle=True, **options)
 
 

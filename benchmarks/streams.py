@@ -20,10 +20,10 @@ sys.path.insert(0, str(ROOT))
 from synthetic import captions, photographs, vocabulary  # noqa: E402
 
 import readers  # noqa: E402
-from dataset import Batch, CaptionDataset, collate_fn, get_loader  # noqa: E402
+from dataset import Batch, CaptionDataset, get_loader, stream_loader  # noqa: E402
 from encoder import image_transform  # noqa: E402
 from readers import Record, report_left_out  # noqa: E402
-from shards import stream_loader, write_shards  # noqa: E402
+from shards import write_shards  # noqa: E402
 from util import files  # noqa: E402
 
 ROUNDS = 3
@@ -105,12 +105,10 @@ def main(argv: list[str] | None = None) -> None:
         streamed = CaptionDataset(listed, words, 30, transform)
         filed = CaptionDataset(plain, words, 30, transform)
         for workers in config.workers:
-            size, stream = config.batch_size, (collate_fn, report_left_out)
+            how = {"batch_size": config.batch_size, "workers": workers}
             ways = {
-                "streamed": partial(
-                    stream_loader, streamed, written, size, *stream, workers=workers
-                ),
-                "from files": partial(get_loader, filed, size, shuffle=True, workers=workers),
+                "streamed": partial(stream_loader, streamed, written, **how),
+                "from files": partial(get_loader, filed, shuffle=True, **how),
             }
             for _ in range(ROUNDS):
                 for name, way in ways.items():

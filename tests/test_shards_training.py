@@ -10,12 +10,13 @@ from helpers.tiny import SMALL, assert_same_run, losses, run_code
 from hypothesis import given
 from hypothesis import strategies as st
 
+import dataset
 import shards
 import train
-from dataset import CaptionDataset, collate_fn
+from dataset import CaptionDataset, stream_loader
 from encoder import image_transform
-from readers import load_split, report_left_out
-from shards import Row, stream_loader
+from readers import load_split
+from shards import Row
 from util.images import read_image
 from vocabulary import Vocabulary
 
@@ -31,19 +32,18 @@ def written(drawn, tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch):
-    monkeypatch.setattr(shards, "BUFFER", 6)
+    monkeypatch.setattr(dataset, "BUFFER", 6)
 
 
-def plan(counts: list[int], world: int, batch_size: int, **how) -> list[shards.ShardStream]:
+def plan(counts: list[int], world: int, batch_size: int, **how) -> list[dataset.ShardStream]:
     """Return each rank's stream of shards of so many images."""
     rows = [
         Row(f"{shard}-{n}", Path(f"{shard}.tar/{n}.png"), ("a",))
         for shard, count in enumerate(counts)
         for n in range(count)
     ]
-    dataset = CaptionDataset(rows)
     loaders = [
-        stream_loader(dataset, "", batch_size, collate_fn, None, rank=rank, world=world, **how)
+        stream_loader(CaptionDataset(rows), "", batch_size, rank=rank, world=world, **how)
         for rank in range(world)
     ]
     return [loader.dataset for loader in loaders]
@@ -68,7 +68,7 @@ def test_ranks_divide_the_epoch_exactly_and_each_batch_is_full(counts, world, ba
 def test_the_buffer_holds_no_more_images_than_it_may(counts, world, seed):
     for rank in plan(counts, world, 4, seed=seed):
         order = [row for batch in rank.batches for row in batch]
-        assert all(rank.reading.index(row) < n + shards.BUFFER for n, row in enumerate(order))
+        assert all(rank.reading.index(row) < n + dataset.BUFFER for n, row in enumerate(order))
 
 
 def test_orders_differ_by_epoch_and_are_the_same_each_time():
@@ -83,11 +83,11 @@ def stream(root, cache_dir, **how):
     records = how.pop("records", None) or listed(root, cache_dir)
     words = Vocabulary.build((line for record in records for line in record.captions), 1)
     crop = how.pop("crop", False)
-    dataset = CaptionDataset(
+    items = CaptionDataset(
         records, words, 20, image_transform(32, train=crop), flip=crop, seed=how.get("seed", 0)
     )
     batch_size = how.pop("batch_size", 5)
-    return stream_loader(dataset, root, batch_size, collate_fn, report_left_out, **how)
+    return stream_loader(items, root, batch_size, **how)
 
 
 def flat(batches) -> dict:
@@ -226,7 +226,7 @@ STOPPED = """
 
 
 def test_a_run_from_shards_learns_scores_and_resumes_exactly(written, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "BUFFER", 1000)  # as in the process that is stopped
+    monkeypatch.setattr(dataset, "BUFFER", 1000)  # as in the process that is stopped
     place = ["--data-dir", str(written), "--cache-dir", str(tmp_path / "cache")]
     train.main([*STREAMED, *place, "--output", str(tmp_path / "complete")])
     assert len(losses(tmp_path / "complete")) == 2
