@@ -137,11 +137,18 @@ def build(config: Config, records: Records) -> tuple[CaptionModel, Records, Cach
     for split, every in records.items():
         if split == "train" and config.data.dataset == "shards":
             continue
-        if encoder.trained == "none":
-            caches[split] = cache = cache_split(config, split, every, encoder, device)
-            records[split] = [record for record in every if record.image_id in cache]
-        else:
+        if encoder.trained != "none":
             records[split] = keep_readable(every)
+            continue
+        # Of val and test, the features that evaluate.py computes: one view, in full precision.
+        train = split == "train"
+        caches[split] = cache = cached_features(
+            every, encoder, config.encoder.img_size, config.data.cache_dir,
+            f"{config.data.dataset}-{split}", device=device, workers=config.data.workers,
+            amp=config.train.amp and train, views=config.data.views if train else 1,
+            rank=distributed.rank(), world=distributed.world_size(),
+        )  # fmt: skip
+        records[split] = [record for record in every if record.image_id in cache]
     # The decoder starts from the same weights, however many numbers the encoder has drawn.
     torch.manual_seed(config.train.seed)
     model = CaptionModel(encoder, config.decoder, vocabulary, config.encoder.img_size)
@@ -162,29 +169,6 @@ def make_encoder(config: Config, init_model: CaptionModel | None) -> Encoder:
     encoder = Encoder(flags.cnn_backbone, trained, flags.grid)
     encoder.load_state_dict(init_model.encoder.state_dict())
     return encoder.to(memory_format=torch.channels_last)
-
-
-def cache_split(
-    config: Config, split: str, records: Sequence[Record], encoder: Encoder, device: torch.device
-) -> FeatureCache:
-    """Return the features of a split by a frozen CNN.
-
-    Those of val and test are what evaluate.py computes: one view, in full precision.
-    """
-    train = split == "train"
-    return cached_features(
-        records,
-        encoder,
-        config.encoder.img_size,
-        config.data.cache_dir,
-        f"{config.data.dataset}-{split}",
-        device=device,
-        workers=config.data.workers,
-        amp=config.train.amp and train,
-        views=config.data.views if train else 1,
-        rank=distributed.rank(),
-        world=distributed.world_size(),
-    )
 
 
 def load_epoch(trainer: Trainer, config: Config, records: Sequence[Record], cache: Any) -> Any:
