@@ -1,13 +1,13 @@
 """A small dataset that draws itself: coloured shapes on a light ground, five true captions each.
 
-It needs no download, so the whole pipeline, training included, runs anywhere. A picture shows one
+It needs no download, so the whole pipeline, training included, runs anywhere. An image shows one
 to three objects, each with a size, and a shape and a colour that no other object of it has. They
 sit on a jittered 2×2 grid and never touch, and each shares a row or a column with the one before
 it, so "above" or "left of" is plain to see.
 
-All pictures differ. What a held-out picture shows was described in training where it has one
+All images differ. What a held-out image shows was described in training where it has one
 object, by default in one of five where it has two, and practically never where it has three.
-The same seed draws the same pixels and words with any number of pictures; the bytes of the files
+The same seed draws the same pixels and words with any number of images; the bytes of the files
 may change with the versions of Pillow and zlib.
 """
 
@@ -26,13 +26,13 @@ Point = tuple[float, float]
 IMAGE_SIZE = 64  # pixels a side
 GRID = 2  # cells a side
 SUPERSAMPLING = 4  # drawn so many times larger, then averaged down: smooth edges
-POSITION_JITTER = 0.035  # of the picture's side, each way
+POSITION_JITTER = 0.035  # of the image's side, each way
 RADIUS_JITTER = 0.05  # of the radius, each way
 COLOUR_JITTER = 10  # of 255, each way
 GROUND = (228, 255)  # darkest and lightest background, of 255
-COUNTS = {1: 0.25, 2: 0.40, 3: 0.35}  # how often a picture shows so many objects
+COUNTS = {1: 0.25, 2: 0.40, 3: 0.35}  # how often an image shows so many objects
 
-# Half of an object's width, in picture sides. A cell is 1/2: two large neighbours, both jittered
+# Half of an object's width, in image sides. A cell is 1/2: two large neighbours, both jittered
 # towards each other, still leave 2 pixels between them.
 SIZES = {"small": 0.105, "large": 0.19}
 COLOURS = {
@@ -111,7 +111,7 @@ def draw(
 ) -> Path:
     """Return `root`, a folder that now holds `images/` and `captions.json` in Karpathy's layout.
 
-    `train`, `val` and `test` count pictures. A folder that is drawn already stays as it is,
+    `train`, `val` and `test` count images. A folder that is drawn already stays as it is,
     whatever its seed and sizes; a half-drawn one is drawn again. Processes that ask at the same
     time wait for the first of them.
     """
@@ -136,11 +136,11 @@ def draw(
 
 
 def draw_one(root: Path, seed: int, split: str, index: int, imgid: int) -> dict:
-    """Write one picture and return its record in Karpathy's layout, with its scene."""
-    scene, picture, captions = example(seed, split, index)
+    """Write one image and return its record in Karpathy's layout, with its scene."""
+    scene, image, captions = example(seed, split, index)
     filename = f"{split}_{index:05d}.png"
     # Not through files.replacing: 5,000 fsyncs are slow, and captions.json guards the folder.
-    picture.save(root / "images" / filename, compress_level=1)
+    image.save(root / "images" / filename, compress_level=1)
     return {
         "filename": filename,
         "split": split,
@@ -153,13 +153,13 @@ def draw_one(root: Path, seed: int, split: str, index: int, imgid: int) -> dict:
 def example(
     seed: int, split: str, index: int, side: int = IMAGE_SIZE
 ) -> tuple[dict, Image.Image, list[str]]:
-    """Return a scene, its RGB picture of `side` pixels and five true captions of it.
+    """Return a scene, its RGB image of `side` pixels and five true captions of it.
 
     They are the same ones at every call, whatever the side.
     A scene is `{"objects": [{"shape", "colour", "size", "x", "y"}, …]}`, x and y being the
-    centre in fractions of the picture's width and height, from the top left.
+    centre in fractions of the image's width and height, from the top left.
     """
-    # Seeded by text, so that no picture depends on another or on Python's hash seed.
+    # Seeded by text, so that no image depends on another or on Python's hash seed.
     rng = random.Random(f"{seed}/{split}/{index}")
     objects = compose(rng)
     return {"objects": objects}, paint(objects, rng, side), describe(objects, rng)
@@ -192,10 +192,10 @@ def place(count: int, rng: random.Random) -> list[tuple[int, int]]:
 
 
 def paint(objects: list[dict], rng: random.Random, side: int = IMAGE_SIZE) -> Image.Image:
-    """Return the RGB picture of `objects` on a light ground, with slight jitter of the looks."""
+    """Return the RGB image of `objects` on a light ground, with slight jitter of the looks."""
     side *= SUPERSAMPLING
-    picture = Image.new("RGB", (side, side), tuple(rng.randint(*GROUND) for _ in "rgb"))
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), tuple(rng.randint(*GROUND) for _ in "rgb"))
+    pen = ImageDraw.Draw(image)
     for thing in objects:
         radius = SIZES[thing["size"]] * rng.uniform(1 - RADIUS_JITTER, 1 + RADIUS_JITTER)
         outline = [
@@ -203,7 +203,7 @@ def paint(objects: list[dict], rng: random.Random, side: int = IMAGE_SIZE) -> Im
             for x, y in SHAPES[thing["shape"]]
         ]
         pen.polygon(outline, fill=tinted(COLOURS[thing["colour"]], rng))
-    return picture.reduce(SUPERSAMPLING)
+    return image.reduce(SUPERSAMPLING)
 
 
 def tinted(colour: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
