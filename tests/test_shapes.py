@@ -14,7 +14,7 @@ from PIL import Image
 
 from util import shapes
 
-ROOT = Path(shapes.__file__).parent
+ROOT = Path(shapes.__file__).parents[1]
 SIDE = shapes.IMAGE_SIZE
 SMALL = {"train": 40, "val": 6, "test": 8}
 PAIR = {

@@ -13,7 +13,7 @@ from PIL import Image
 
 import inference
 import train
-from config import PRESETS, TrainConfig, configure, flatten
+from config import PRESETS, TrainConfig
 from dataset import Batch
 from decoder import DECODERS, DecoderConfig
 from encoder import Encoder
@@ -311,20 +311,6 @@ def test_shapes_captions_are_true_of_their_pictures(shapes_run):
 def test_shapes_training_says_its_scores_and_captions(shapes_run):
     assert "CIDEr" in shapes_run.said and "test_00000.png: " in shapes_run.said
     assert json.loads((shapes_run.folder / "scores.json").read_text())["test"]["CIDEr"] > 1
-
-
-@pytest.mark.parametrize(
-    ("flags", "seen"),
-    [
-        ([], (320, 2)),  # Flickr8k's defaults
-        (["--img-size", "224", "--views", "1"], (224, 1)),
-        (["--preset", "show-attend-tell"], (None, 1)),  # a classic, whatever the dataset
-        (["--dataset", "coco"], (None, 1)),  # its cache would take 93 GB
-    ],
-)
-def test_flickr8ks_photographs_are_seen_larger_and_mirrored_too(flags, seen):
-    chosen = flatten(configure(flags))
-    assert (chosen["img_size"], chosen["views"]) == seen
 
 
 @pytest.mark.parametrize("preset", PRESETS)
