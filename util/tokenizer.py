@@ -127,8 +127,8 @@ def tokenize(caption: str) -> list[str]:
     """Return the words that the COCO scorer counts: lower case, clitics apart, no punctuation.
 
     Compared with the Java program: the same for all of 35,460 captions of Flickr8k and 13,781 of
-    COCO and the web, and for 98 % of 1,824 lines of oddities. Brackets stay, as "-lrb-" and "-rrb-",
-    as they do there. Known differences: telephone numbers, "cannot've", "five-o'clock"; curly
+    COCO and the web, and for 98 % of 1,824 lines of oddities. Brackets stay as they do there, as
+    "-lrb-" and "-rrb-". Known differences: telephone numbers, "cannot've", "five-o'clock"; curly
     apostrophes come out straight.
 
     Most captions (98 % of Flickr8k's) are plain: words of letters, with inner hyphens, commas and a
