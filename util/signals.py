@@ -1,6 +1,8 @@
 """Ctrl-C and SIGTERM: a run stops between two steps, and a loader's workers ignore them."""
 
+import atexit
 import contextlib
+import multiprocessing.util  # it registers its own function to run at exit, after the one below
 import signal
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -76,3 +78,15 @@ def ignore_signals(worker: int) -> None:
     """Ignore SIGINT and SIGTERM: a `worker_init_fn` for workers that did not inherit the block."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers() -> None:
+    """Kill the loaders' workers that are still alive when the program ends.
+
+    An error whose traceback is kept also keeps its loader. At exit multiprocessing ends workers with
+    SIGTERM, which ours ignore, and would wait for them for ever.
+    """
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import ROOT, SMALL, as_flickr8k, assert_same_run, losses
+from helpers.tiny import ROOT, SMALL, as_flickr8k, assert_same_run, losses, run_code
 
 import dataset
 import train
@@ -259,6 +259,16 @@ def test_a_signal_at_the_birth_of_a_loaders_worker_kills_it_not(sent, monkeypatc
     loader = dataset.Loader(range(6), 2, num_workers=2, multiprocessing_context="fork")
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5]]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+def test_a_loader_that_an_error_keeps_does_not_keep_the_program_from_ending():
+    code = """
+        import dataset
+        loader = iter(dataset.Loader(range(6), 2, num_workers=2))
+        next(loader)
+        raise SystemExit(3)
+    """
+    assert run_code(code).returncode == 3  # it has two minutes
 
 
 class KilledError(BaseException):
