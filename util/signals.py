@@ -84,8 +84,8 @@ def ignore_signals(worker: int) -> None:
 def kill_workers() -> None:
     """Kill the loaders' workers that are still alive when the program ends.
 
-    An error whose traceback is kept also keeps its loader. At exit multiprocessing ends workers with
-    SIGTERM, which ours ignore, and would wait for them for ever.
+    An error whose traceback is kept also keeps its loader. At exit multiprocessing ends workers
+    with SIGTERM, which ours ignore, and would wait for them for ever.
     """
     for worker in multiprocessing.active_children():
         if worker.daemon:
