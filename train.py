@@ -43,7 +43,6 @@ log = logging.getLogger(__name__)
 # Three beams rank epochs as five do. Greedy decoding does not: self-critical training improves it
 # long after beam search has become worse.
 VALIDATION = DecodingConfig(beam_size=3)
-SHOWN = ("CIDEr", "BLEU-4", "bad_endings", "repeats")  # the scores in metrics.csv
 
 Records = dict[str, Sequence[Record]]  # by split
 Caches = dict[str, FeatureCache]
@@ -297,7 +296,7 @@ def finish_epoch(
             scores, captions = score_split(
                 model, records["val"], VALIDATION, caches.get("val"), interrupts.stop_between_alone
             )
-            row |= {"val_loss": scores.pop("loss")} | {name: scores.get(name) for name in SHOWN}
+            row |= {"val_loss": scores.pop("loss")} | {name: float(s) for name, s in scores.items()}
         row = distributed.broadcast(row)  # only the main process has the scores
         if distributed.is_main():
             if "val" in records:
