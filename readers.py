@@ -565,7 +565,7 @@ def keep_readable(records: Sequence[Record]) -> list[Record]:
 
 def list_shards(root: Path | str, split: str, cache_dir: Path) -> list[Record]:
     """Return the records of a split from the list of shards; `path` is shard / name in it."""
-    splits = shards.read_index(root, cache_dir)["splits"]
+    splits = tars.read_index(root, cache_dir)["splits"]
     if split not in splits:
         raise SplitMissingError(f"no {split} split in {root}; it holds {', '.join(splits)}")
     return [Record(*row) for row in shards.read_rows(root, split, cache_dir)]

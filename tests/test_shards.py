@@ -70,7 +70,7 @@ def test_images_are_unpacked_once(written, tmp_path, monkeypatch):
 
 def test_the_list_has_the_order_of_the_tars(written, tmp_path):
     rows = iter(listed(written, tmp_path))
-    for shard in shards.read_index(written, tmp_path)["splits"]["train"]["shards"]:
+    for shard in tars.read_index(written, tmp_path)["splits"]["train"]["shards"]:
         with tarfile.open(written / shard["name"]) as tar:
             names = [name for name in tar.getnames() if name.endswith(".png")]
         assert [next(rows).path for _ in names] == [Path(shard["name"]) / name for name in names]
