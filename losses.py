@@ -66,6 +66,7 @@ def cross_entropy(logits: Tensor, tokens: Tensor, label_smoothing: float = 0.0) 
     nll = -target_log_prob.sum()
     objective = nll
     if label_smoothing:
+        # The cross-entropy with the uniform distribution: the mean over all words of a target.
         uniform = -log_probs.mean(-1).sum()
         objective = (1 - label_smoothing) * nll + label_smoothing * uniform
     return Loss(objective, nll.detach(), len(target_log_prob))
@@ -95,6 +96,7 @@ def real_log_probs(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tens
     caption, position, words = (
         to_device(each, logits.device) for each in (caption, position, words)
     )
+    # In float32: sums of thousands of bfloat16 numbers would lose the small ones.
     log_probs = logits[caption, position].float().log_softmax(-1)  # (M, T-1, V) -> (N, V)
     return log_probs, log_probs.gather(-1, words[:, None])[:, 0], caption
 
@@ -166,7 +168,7 @@ def sample_captions(
         return empty, torch.zeros(0, n)
     memory = model.encode(to_device(batch.inputs, device))
     samples = sample(model.decoder, memory, max_words=max_words, n=n).tokens  # (B, n, T)
-    rewards = reward(batch.image_ids, samples)
+    rewards = reward(batch.image_ids, samples)  # on the CPU: n-grams are counted there
     start = torch.full_like(samples[..., :1], START)
     tokens = torch.cat([start, samples], -1).flatten(0, 1)
     owner = torch.arange(len(samples), device=device).repeat_interleave(n)

@@ -63,7 +63,8 @@ def train_epoch(trainer: Trainer, steps: Iterable[Sequence[Any]]) -> None:
         trainer.set_learning_rate()
         optimizer.zero_grad(set_to_none=True)
         if trainer.critical:
-            # Captions sampled from the model itself take the place of those that people wrote.
+            # Captions sampled from the model itself take the place of those that people wrote. No
+            # gradients yet: below, the samples are scored like any other captions.
             with trainer.autocast():
                 sampled = [
                     sample_captions(model, batch, trainer.reward, config.scst_samples)
@@ -77,6 +78,9 @@ def train_epoch(trainer: Trainer, steps: Iterable[Sequence[Any]]) -> None:
         loss = torch.zeros((), device=trainer.device)
         for batch in batches:
             with sync_after(net, last=batch is batches[-1]):
+                # Teacher forcing: the decoder reads tokens[:, :-1] and predicts tokens[:, 1:], all
+                # words of all captions at once. `owner` says which image a caption is of, so that
+                # the CNN runs once per image and not once per caption.
                 with trainer.autocast():
                     inputs = to_device(batch.inputs, trainer.device)
                     logits, attention = net(inputs, batch.tokens, batch.owner)
@@ -85,6 +89,7 @@ def train_epoch(trainer: Trainer, steps: Iterable[Sequence[Any]]) -> None:
                 (part.objective * distributed.world_size()).backward()
             loss += part.objective.detach()
             trainer.nll += part.nll
+        # Only now: the norm is that of the whole batch's gradient, summed over all processes.
         norm = trainer.clip_gradients()
         trainer.watch(batches, torch.stack([loss, norm]))
         optimizer.step()
@@ -130,6 +135,7 @@ def build(config: Config, records: Records) -> tuple[CaptionModel, Records, Cach
     if init_model:
         vocabulary = init_model.vocabulary
     else:
+        # Of the training captions only: a model must not know words from val or test.
         captions = (caption for record in records["train"] for caption in record.captions)
         vocabulary = Vocabulary.build(captions, config.data.min_count)
     records, caches = dict(records), {}
@@ -153,6 +159,7 @@ def build(config: Config, records: Records) -> tuple[CaptionModel, Records, Cach
     model = CaptionModel(encoder, config.decoder, vocabulary, config.encoder.img_size)
     if init_model:
         model.load_state_dict(init_model.state_dict())
+    # The optimiser is built later, over parameters that are on their device already.
     return model.to(device), records, caches
 
 
@@ -183,6 +190,7 @@ def load_epoch(trainer: Trainer, config: Config, records: Sequence[Record], cach
         "seed": config.train.seed,
         "epoch": trainer.epoch,
         "skip": trainer.batch,
+        # Cached features are read faster than another process could hand them over.
         "workers": 0 if cache is not None else data.workers,
         "accumulate": config.train.accumulate,
         "rank": distributed.rank(),
@@ -234,7 +242,7 @@ def start_self_critical(trainer: Trainer, folder: Path) -> bool:
     """Start the self-critical stage from the best model so far; return False if there is none."""
     if trainer.critical or not trainer.config.scst_epochs:
         return False
-    if trainer.epoch:
+    if trainer.epoch:  # there was a first stage, or else the weights are those of --init-from
         best = CaptionModel.load(folder, trainer.device)
         trainer.model.load_state_dict(best.state_dict())
     trainer.start_stage(critical=True)
@@ -302,6 +310,8 @@ def finish_epoch(
             if "val" in records:
                 path = folder / "samples" / f"epoch-{row['epoch']:02}.png"
                 write_samples(path, records["val"], captions)
+            # Chosen by the scores of freely generated captions: the loss, which knows only teacher
+            # forcing, may rise while captions still improve.
             if row["CIDEr"] is None or row["CIDEr"] > trainer.best_score():
                 info = training_info(config)
                 model.save(folder / "best.safetensors", scores=row, training=info)
@@ -323,6 +333,7 @@ def finish(
 
     Returns them by split, on the main process.
     """
+    # The only time that the test split is used, after validation has chosen the model.
     model, decoding = CaptionModel.load(folder, trainer.device), DecodingConfig()
     report: dict[str, Any] = {}
     for split in ("val", "test"):

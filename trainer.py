@@ -83,12 +83,15 @@ class Trainer:
             (self.model.decoder, config.lr),
         ):
             parameters = [each for each in part.parameters() if each.requires_grad]
+            # Biases and normalisation layers are few and have no need of decay; some must not be 0.
             matrices = [each for each in parameters if each.dim() > 1]
             vectors = [each for each in parameters if each.dim() <= 1]
             for chosen, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
                 if chosen:
                     groups.append({"params": chosen, "peak": lr * scale, "weight_decay": decay})
-        fused = self.device.type == "cuda" or None
+        fused = self.device.type == "cuda" or None  # one kernel for all parameters
+        # A second moment of 0.98, as for the first transformers (arXiv 1706.03762): it follows the
+        # gradients of rare words faster than the usual 0.999.
         return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, fused=fused)
 
     # --- one step of the loop, in the order of its calls
@@ -184,6 +187,7 @@ class Trainer:
         decay = (
             done / (done + 1) if self.critical else min(self.config.ema, (1 + done) / (10 + done))
         )
+        # All tensors in one call: a loop over them takes several times as long.
         names = [name for name, tensor in self.trainable.items() if tensor.is_floating_point()]
         average, weights = ([d[name] for name in names] for d in (self.average, self.trainable))
         torch._foreach_lerp_(average, weights, 1 - decay if self.config.ema else 1.0)
@@ -316,6 +320,7 @@ def wrap_model(model: CaptionModel, compiled: bool) -> nn.Module:
     """
     net: nn.Module = model
     if distributed.world_size() > 1:
+        # With views into its buckets there is no second copy of all gradients.
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if not compiled:
         return net
@@ -324,4 +329,6 @@ def wrap_model(model: CaptionModel, compiled: bool) -> nn.Module:
     except Exception as error:  # of many kinds, from as many tools
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"--compile does not work here ({reason}); leave it out") from error
+    # The number and length of captions change from batch to batch: without `dynamic`, each new pair
+    # would be compiled anew.
     return torch.compile(net, dynamic=True)
