@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from readers import DATASETS, Record, are_too_many, load_split, report_left_out
+from readers import DATASETS, Record, load_split
 from shards import read_images
 from util.files import UserError
-from util.images import read_image
+from util.images import are_too_many, read_image, report_left_out
 from util.seeding import derive_seed, fork_seeded, seeded_generator
 from util.signals import block_signals, ignore_signals
 from util.tars import import_webdataset

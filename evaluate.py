@@ -26,11 +26,11 @@ from inference import Captioner, list_checkpoints
 from losses import cross_entropy
 from model import CaptionModel, ModelEnsemble
 from onnx_model import OnnxModel
-from readers import DATASETS, Record, load_split, report_left_out
+from readers import DATASETS, Record, load_split
 from shards import SPLITS
 from util import distributed, files
 from util.files import UserError
-from util.images import read_image
+from util.images import read_image, report_left_out
 
 log = logging.getLogger(__name__)
 

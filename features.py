@@ -38,11 +38,11 @@ from encoder import (
     image_transform,
     multiplies_bfloat16,
 )
-from readers import DATASETS, UNREADABLE, Record, are_too_many, load_splits, report_left_out
+from readers import DATASETS, Record, load_splits
 from shards import write_shards
 from util import files
 from util.files import UserError
-from util.images import read_image
+from util.images import UNREADABLE, are_too_many, read_image, report_left_out
 from util.seeding import fork_seeded
 
 SAVE_EVERY = 16  # batches between two notes of how far an extraction has come
@@ -458,7 +458,6 @@ def main(argv: list[str] | None = None) -> None:
         {split: records[: config.limit] for split, records in splits.items()},
         config.shards,
         config.dataset,
-        report_left_out,
         shard_size=config.shard_size,
         seed=config.seed,
         workers=config.workers,

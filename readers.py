@@ -10,9 +10,7 @@ per caption and these columns; everything else is done here, once for all datase
 """
 
 import hashlib
-import io
 import itertools
-import json
 import logging
 import os
 from collections import defaultdict
@@ -26,9 +24,9 @@ from tqdm import tqdm
 
 import shards
 from shards import SPLITS
-from util import files, shapes, tars
+from util import files, shapes, tables, tars
 from util.files import UserError
-from util.images import read_image
+from util.images import UNREADABLE, read_image, report_left_out
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +42,6 @@ SPLIT_NAMES = {name: name for name in (*SPLITS, "val/test", "")}
 SPLIT_NAMES |= {"dev": "val", "valid": "val", "validation": "val"}
 SPLIT_NAMES |= {"restval": "train"}  # the images of COCO's val that Karpathy adds to train
 COCO_TEST = 5000  # images that "val/test" gives to test
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".parquet")
-MAX_LEFT_OUT = 0.01  # of a split's images may be missing or unreadable, and one in any case
-# What `read_image` raises for a bad file. Other errors, as of a failing disk, end the program.
-UNREADABLE = (ValueError, FileNotFoundError, PermissionError)
 # What JSON of another structure raises.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 CACHE = Path("data/cache")
@@ -85,11 +79,8 @@ def read_flickr8k(root: Path) -> pd.DataFrame:
     if karpathy and not (captions and listed):
         return read_karpathy(karpathy)
     if not captions:
-        raise FileNotFoundError(
-            f"no Flickr8k captions in {root}: looked for Flickr8k.token.txt, captions.txt and "
-            "dataset_flickr8k.json there and in its folders; run python download_data.py flickr8k "
-            "or give --data-dir"
-        )
+        names = "Flickr8k.token.txt, captions.txt, dataset_flickr8k.json"
+        raise no_captions("Flickr8k", root, names)
     table = read_table(captions) if captions.name == "captions.txt" else read_token_file(captions)
     if not listed:
         return table.sort_values("image_id", kind="stable")
@@ -134,10 +125,7 @@ def read_flickr30k(root: Path) -> pd.DataFrame:
     """Return the table of Flickr30k: Karpathy's JSON, in `root` or a folder in it."""
     if karpathy := find_file(scan_folders(root), "dataset_flickr30k.json"):
         return read_karpathy(karpathy)
-    raise FileNotFoundError(
-        f"no dataset_flickr30k.json in {root} or its folders; run python download_data.py "
-        "flickr30k or give --data-dir"
-    )
+    raise no_captions("Flickr30k", root, "dataset_flickr30k.json")
 
 
 def read_coco(root: Path) -> pd.DataFrame:
@@ -149,18 +137,15 @@ def read_coco(root: Path) -> pd.DataFrame:
     folders = scan_folders(root)
     if karpathy := find_file(folders, "dataset_coco.json"):
         return read_karpathy(karpathy, "cocoid")
-    tables = []
+    parts = []
     for part, split in (("train", "train"), ("val", "val/test")):
-        names = [f"captions_{part}{year}.json" for year in (2014, 2017)]
-        if path := find_file(folders, *names):
-            tables.append(read_coco_annotations(path).assign(split=split))
-    if not tables:
-        raise FileNotFoundError(
-            f"no COCO captions in {root}: looked for captions_train2014.json, "
-            "captions_val2014.json, those of 2017 and dataset_coco.json there and in its folders; "
-            "run python download_data.py coco or give --data-dir"
-        )
-    return pd.concat(tables)
+        path = find_file(folders, f"captions_{part}2014.json", f"captions_{part}2017.json")
+        if path:
+            parts.append(read_coco_annotations(path).assign(split=split))
+    if not parts:
+        names = "captions_train2014.json, captions_val2014.json, those of 2017, dataset_coco.json"
+        raise no_captions("COCO", root, names)
+    return pd.concat(parts)
 
 
 def read_coco_annotations(path: Path) -> pd.DataFrame:
@@ -195,121 +180,37 @@ def read_csv(root: Path) -> pd.DataFrame:
 
     In a folder, a table called captions or metadata is read, else the only one.
     """
-    tables = [root] if root.is_file() else []
+    found = [root] if root.is_file() else []
     if root.is_dir():
-        found = sorted(path for path in root.iterdir() if path.suffix.lower() in TABLES)
+        found = sorted(path for path in root.iterdir() if path.suffix.lower() in tables.FORMATS)
         found = [path for path in found if path.name[0] not in ".~"]  # open in Excel, or a Mac's
-        tables = [path for path in found if path.stem in ("captions", "metadata")]
+        usual = [path for path in found if path.stem in ("captions", "metadata")]
         # Other JSON files may hold anything.
-        tables = tables or [path for path in found if path.suffix.lower() != ".json"]
-    if not tables:
+        found = usual or [path for path in found if path.suffix.lower() != ".json"]
+    if not found:
         raise FileNotFoundError(
             f"no table of captions in {root}: give --data-dir, the folder that holds captions.csv "
-            f"(or {', '.join(TABLES[1:])}), or the file, with the columns image and caption"
+            f"(or {', '.join(tables.FORMATS[1:])}), or the file, with the columns image and caption"
         )
-    if len(tables) > 1:
-        names = ", ".join(path.name for path in tables)
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
         raise UserError(f"several tables in {root}: {names}; name one with --data-dir")
-    return read_table(tables[0])
-
-
-# ---- captions tables -------------------------------------------------------------------------
+    return read_table(found[0])
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """Return the table of a file in one of the formats `TABLES`; any other suffix means CSV.
-
-    Raises UserError that names the line (in Excel, Parquet and JSON: the row) at fault.
-    """
-    kind = path.suffix.lower()
-    try:
-        if kind in (".json", ".jsonl"):
-            table = read_objects(path)
-        elif kind == ".parquet":
-            table = pd.read_parquet(path)
-            table.index = range(1, len(table) + 1)
-        else:
-            table = read_cells(path)
-    except ImportError as error:
-        package = "pyarrow" if kind == ".parquet" else "openpyxl"
-        raise UserError(f"{path} is read with {package}: pip install {package}") from error
-    except (OSError, UserError):
-        raise
-    except Exception as error:  # what openpyxl and pyarrow raise for damaged files has no limits
-        message = f"{type(error).__name__}: {str(error)[:100]}"
-        raise UserError(f"{path} can't be read as a table of captions ({message})") from error
-    header = [str(name).strip().lower() for name in table.columns]
-    columns = {}
-    for column, names in COLUMN_NAMES.items():
-        name = next((name for name in names if name in header), None)
-        if header.count(name) > 1 or (name is None and column != "split"):
-            raise UserError(
-                f"{path} is not a table of captions: it must have the columns image and caption, "
-                f"each once, not {', '.join(header)[:60]!r}"
-            )
-        cells = table.iloc[:, header.index(name)] if name else pd.Series("", table.index)
-        columns[column] = cells.fillna("").tolist() if column == "split" else cells.tolist()
-    rows = []
-    paths = {image: normalize_path(image, path.parent) for image in set(map(str, columns["image"]))}
-    for number, image, caption, split in zip(table.index, *columns.values(), strict=True):
-        if not isinstance(image, str) or not image.strip():
-            raise UserError(f"{path} line {number} has no image: {str(image)[:60]!r}")
-        if not isinstance(caption, str):
-            raise UserError(f"{path} line {number} has no caption: {str(caption)[:60]!r}")
-        rows.append((paths[image], paths[image], caption, split))
-    return pd.DataFrame(rows, columns=COLUMNS, dtype=object)
-
-
-def normalize_path(name: str, folder: Path) -> str:
-    """Return an image's path as seen from `folder`, without detours."""
-    path = os.path.normpath(name.strip())
-    if os.path.isabs(path):
-        path = os.path.relpath(path, os.path.abspath(folder))
-    return Path(path).as_posix()
-
-
-def read_cells(path: Path) -> pd.DataFrame:
-    """Return a CSV, TSV or Excel file as text cells; the index counts rows from 1."""
-    # The header is read as a row, so that pandas expects as many cells in every row.
-    options = {"header": None, "dtype": str, "keep_default_na": False}
-    if path.suffix.lower() == ".xlsx":
-        table = pd.read_excel(path, **options)
-    else:
-        text = files.read_text(path)
-        header = text.partition("\n")[0]
-        options["sep"] = "\t" if path.suffix.lower() == ".tsv" else max(",|;\t", key=header.count)
-        # The C engine would fill short rows and accept quotes that are not closed.
-        options |= {"engine": "python", "index_col": False, "skip_blank_lines": False}
-        table = pd.read_csv(io.StringIO(text), **options)
-    table.index += 1
-    table = table.map(str.strip, na_action="ignore")
-    table = table[(table.fillna("") != "").any(axis=1)]  # spreadsheets leave blank rows
-    for number, row in table[table.isna().any(axis=1)].iterrows():
-        cells = row.dropna().tolist()
-        raise UserError(
-            f"{path} line {number} has {len(cells)} cells, not {len(row)}: {cells}"[:200]
-        )
-    return table.iloc[1:].set_axis(table.iloc[0], axis=1)
-
-
-def read_objects(path: Path) -> pd.DataFrame:
-    """Return the table of a JSON list of objects, or of a file with an object per line."""
-    rows = {}
-    if path.suffix.lower() == ".json":
-        value = files.read_json(path)
-        rows = dict(enumerate(value if isinstance(value, list) else [value], 1))
-    else:
-        for number, line in enumerate(files.read_text(path).split("\n"), 1):
-            try:
-                if line.strip():
-                    rows[number] = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} line {number} is not JSON ({error})") from error
-    for number, row in rows.items():
-        if not isinstance(row, dict):
-            raise UserError(f'{path} line {number} is not {{"image": "…", "caption": "…"}}')
-        rows[number] = {key.strip().lower(): cell for key, cell in row.items()}
-    return pd.DataFrame(list(rows.values()), index=list(rows), dtype=object)
+    """Return the table of a file in one of the formats of `util.tables`."""
+    table = tables.read_table(path, COLUMN_NAMES, optional=["split"])
+    names = {}
+    for number, name in table["image"].drop_duplicates().items():
+        if not name.strip():
+            raise UserError(f"{path} line {number} has no image")
+        names[name] = os.path.normpath(name.strip())
+        if os.path.isabs(names[name]):
+            names[name] = os.path.relpath(names[name], os.path.abspath(path.parent))
+        names[name] = Path(names[name]).as_posix()
+    image_ids = table.pop("image").map(names)
+    return table.assign(image_id=image_ids, file=image_ids)
 
 
 # ---- finding files ---------------------------------------------------------------------------
@@ -345,6 +246,14 @@ def find_file(folders: Mapping[Path, set[str]], *names: str) -> Path | None:
     """Return the path of the first of `names` that is in any of `folders`, or None."""
     found = (folder / name for name in names for folder in folders if name in folders[folder])
     return next(found, None)
+
+
+def no_captions(dataset: str, root: Path, names: str) -> FileNotFoundError:
+    """Return the error that says which files were searched for."""
+    return FileNotFoundError(
+        f"no {dataset} captions in {root} or its folders: searched for {names}; run python "
+        f"download_data.py {dataset.lower()} or give --data-dir"
+    )
 
 
 def find_images(root: Path, names: Sequence[str]) -> dict[str, Path]:
@@ -456,13 +365,10 @@ def read_images(
         image_id, file, caption, split = row
         if not isinstance(image_id, str | int) or {type(cell) for cell in row[1:]} != {str}:
             raise UserError(f"{root}: not an image id, file, caption and split: {str(row)[:100]}")
-        split = split.strip().lower()
-        if split not in SPLIT_NAMES:
-            raise UserError(
-                f"{root}: the split {split[:20]!r} of {file[:100]} is not known; choose from "
-                f"{', '.join(filter(None, SPLIT_NAMES))}"
-            )
-        split = SPLIT_NAMES[split]
+        if (split := SPLIT_NAMES.get(split.strip().lower())) is None:
+            known = ", ".join(filter(None, SPLIT_NAMES))
+            message = f"the split {row[3][:20]!r} of {file[:100]} is not known"
+            raise UserError(f"{root}: {message}; choose from {known}")
         if file not in images:
             images[file] = Image(image_id, split, [])
             if os.path.isabs(file) or ".." in Path(file).parts:
@@ -484,7 +390,10 @@ def read_images(
         )
     for name in ("", "val/test"):
         group = [file for file, image in images.items() if image.split == name]
-        group.sort(key=lambda file: hash_key(images[file].image_id, split_seed))
+        # By a hash: the same order everywhere, whatever the order of the table.
+        keys = {file: f"{split_seed}/{images[file].image_id}" for file in group}
+        keys = {file: key.encode("utf-8", "surrogatepass") for file, key in keys.items()}
+        group.sort(key=lambda file: hashlib.sha256(keys[file]).digest())
         if name:
             order = ["test"] * min(COCO_TEST, len(group) // 2) + ["val"] * len(group)
         else:
@@ -493,11 +402,6 @@ def read_images(
         for file, split in zip(group, order, strict=False):
             images[file] = images[file]._replace(split=split)
     return images
-
-
-def hash_key(name: str | int, seed: int) -> bytes:
-    """Return a key to shuffle by: the same order everywhere, whatever it was before."""
-    return hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogatepass")).digest()
 
 
 def make_records(images: Mapping[str, Image], split: str, root: Path) -> list[Record]:
@@ -522,26 +426,6 @@ def make_records(images: Mapping[str, Image], split: str, root: Path) -> list[Re
     return [Record(id_, paths[file], tuple(lines)) for file, (id_, _, lines) in wanted.items()]
 
 
-# ---- images that can't be read ---------------------------------------------------------------
-
-
-def are_too_many(left_out: int, total: int) -> bool:
-    """Return whether so many of `total` images may not be left out: one may, if it is not all."""
-    return left_out > max(1, MAX_LEFT_OUT * total) or left_out == total > 0
-
-
-def report_left_out(image_ids: Sequence[str | int], total: int, reason: str) -> None:
-    """Log which images are left out, and of how many; UserError if they are too many."""
-    if not image_ids:
-        return
-    shown = ", ".join(str(image_id)[:100] for image_id in image_ids[:10])
-    shown += f" and {len(image_ids) - 10} more" if len(image_ids) > 10 else ""
-    message = f"{len(image_ids)} of {total} images {reason}: {shown}"
-    if are_too_many(len(image_ids), total):
-        raise UserError(f"{message}; more than 1 % is too many to leave out, repair the dataset")
-    log.warning("left out: %s", message)
-
-
 def keep_readable(records: Sequence[Record]) -> list[Record]:
     """Return the records whose image can be read, after reading them all."""
 
@@ -563,19 +447,19 @@ def keep_readable(records: Sequence[Record]) -> list[Record]:
 # ---- tar shards ------------------------------------------------------------------------------
 
 
-def list_shards(root: Path | str, split: str, cache_dir: Path) -> list[Record]:
-    """Return the records of a split from the list of shards; `path` is shard / name in it."""
+def list_shards(
+    root: Path | str, split: str, cache_dir: Path, read: Callable = shards.read_rows
+) -> list[Record]:
+    """Return the records of a split, read from the shards' list; `path` is shard / name in it."""
     splits = tars.read_index(root, cache_dir)["splits"]
     if split not in splits:
         raise SplitMissingError(f"no {split} split in {root}; it holds {', '.join(splits)}")
-    return [Record(*row) for row in shards.read_rows(root, split, cache_dir)]
+    return [Record(*row) for row in read(root, split, cache_dir)]
 
 
 def unpack_shards(root: Path | str, split: str, cache_dir: Path) -> list[Record]:
     """Return the records of a split, its images unpacked into `cache_dir` the first time."""
-    listed = list_shards(root, split, cache_dir)
-    records = [Record(*row) for row in shards.unpack_images(root, split, cache_dir)]
-    records = [record for record in records if record.path.exists()]
-    lost = sorted({one.image_id for one in listed} - {one.image_id for one in records})
-    report_left_out(lost, len(listed), f"of the {split} split are missing in their shards")
-    return records
+    records = list_shards(root, split, cache_dir, shards.unpack_images)
+    missing = [record.image_id for record in records if not record.path.exists()]
+    report_left_out(missing, len(records), f"of the {split} split are missing in their shards")
+    return [record for record in records if record.path.exists()]

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, groupby, repeat
 from pathlib import Path
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from util import files
 from util.files import UserError
-from util.images import EXTENSIONS, read_image
+from util.images import EXTENSIONS, read_image, report_left_out
 from util.seeding import derive_seed
 from util.tars import (
     INDEX,
@@ -109,7 +109,6 @@ def write_shards(
     splits: Mapping[str, Sequence[Row]],
     folder: Path,
     dataset: str,
-    report: Callable[[list, int, str], None],
     *,
     shard_size: int = 1000,
     seed: int = 0,
@@ -117,8 +116,8 @@ def write_shards(
 ) -> dict[str, Any]:
     """Write each split's records as shards, in a random order, and return their index.
 
-    `report` is called with the ids of images that can't be read, which are left out, their total
-    and the reason. The index is written last: without it, the next call begins again.
+    Images that can't be read are left out; UserError if they are too many. The index is written
+    last: without it, the next call begins again.
     """
     ordered = {
         split: sorted(records, key=lambda record: derive_seed(seed, record.image_id))
@@ -144,7 +143,7 @@ def write_shards(
         unfinished.touch()
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             rows = {
-                split: write_tars(folder, split, records, shard_size, pool, report)
+                split: write_tars(folder, split, records, shard_size, pool)
                 for split, records in ordered.items()
             }
         index = write_index(folder, dataset, digest.hexdigest(), rows)
@@ -153,7 +152,7 @@ def write_shards(
 
 
 def write_tars(
-    folder: Path, split: str, records: Sequence[Row], shard_size: int, pool: Any, report: Callable
+    folder: Path, split: str, records: Sequence[Row], shard_size: int, pool: Any
 ) -> dict[str, list[list]]:
     """Write the tars of a split; return [name, image id, captions] of their images by tar."""
     rows: dict[str, list[list]] = {}
@@ -183,7 +182,7 @@ def write_tars(
                     "json": json.dumps(about).encode(),
                 })  # fmt: skip
                 rows[path.name].append([f"{number:09}.{extension}", *about.values()])
-    report(lost, len(records), "can't be read")
+    report_left_out(lost, len(records), "can't be read")
     return rows
 
 

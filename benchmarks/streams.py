@@ -22,7 +22,7 @@ from synthetic import captions, photographs, vocabulary  # noqa: E402
 import readers  # noqa: E402
 from dataset import Batch, CaptionDataset, get_loader, stream_loader  # noqa: E402
 from encoder import image_transform  # noqa: E402
-from readers import Record, report_left_out  # noqa: E402
+from readers import Record  # noqa: E402
 from shards import write_shards  # noqa: E402
 from util import files  # noqa: E402
 
@@ -96,9 +96,7 @@ def main(argv: list[str] | None = None) -> None:
         ]
         clock = Clock()
         written = folder / "shards"
-        write_shards(
-            {"train": plain}, written, "csv", report_left_out, shard_size=config.shard_size
-        )
+        write_shards({"train": plain}, written, "csv", shard_size=config.shard_size)
         rows.append({"what": "written", **clock.rates(count)})
         words, transform = vocabulary(), image_transform(config.img_size, train=False)
         listed = readers.list_shards(written, "train", folder / "cache")

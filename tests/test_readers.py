@@ -33,6 +33,7 @@ from readers import (
 )
 from shards import SPLITS
 from util import shapes
+from util.images import report_left_out
 
 
 def captions_of(table: pd.DataFrame) -> dict[str, list[str]]:
@@ -327,7 +328,7 @@ def test_unreadable_images_are_left_out_and_too_many_are_an_error(many, caplog):
 
 @pytest.mark.parametrize(("bad", "total"), [(1, 40), (1, 2), (2, 200), (2, 299)])
 def test_one_image_in_any_case_and_one_percent_are_left_out_with_a_line(bad, total, caplog):
-    readers.report_left_out(["a.jpg"] * bad, total, "can't be read")
+    report_left_out(["a.jpg"] * bad, total, "can't be read")
     shown = ", ".join(["a.jpg"] * bad)
     assert caplog.messages == [f"left out: {bad} of {total} images can't be read: {shown}"]
 
@@ -335,7 +336,7 @@ def test_one_image_in_any_case_and_one_percent_are_left_out_with_a_line(bad, tot
 @pytest.mark.parametrize(("bad", "total"), [(2, 40), (3, 299), (1, 1)])
 def test_more_images_or_all_are_too_many(bad, total):
     with pytest.raises(ValueError, match=f"{bad} of {total} images .* too many to leave out"):
-        readers.report_left_out(["a.jpg"] * bad, total, "can't be read")
+        report_left_out(["a.jpg"] * bad, total, "can't be read")
 
 
 def test_images_without_permission_are_unreadable_and_a_failing_disk_stops(many, monkeypatch):

@@ -178,7 +178,7 @@ def test_the_annotations_of_val_alone_are_val_and_test(official):
 
 
 def test_flickr30k_is_read_from_karpathys_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no dataset_flickr30k.json in"):
+    with pytest.raises(FileNotFoundError, match="no Flickr30k captions in .*_flickr30k.json"):
         load_split("flickr30k", tmp_path, "train")
     images = [
         {"filename": f"{n}.jpg", "split": "test" if n == 3 else "train",

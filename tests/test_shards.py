@@ -26,7 +26,7 @@ from helpers.tiny import run_code, run_script
 
 import features
 import shards
-from readers import load_split, report_left_out
+from readers import load_split
 from shards import SPLITS
 from util import files, tars
 
@@ -171,13 +171,13 @@ def test_images_that_cannot_be_read_are_left_out(drawn, tmp_path, caplog):
     plain[7] = plain[7]._replace(path=tmp_path / "bad.png")
     made = tmp_path / "made"
     with caplog.at_level(logging.WARNING):
-        index = shards.write_shards({"train": plain}, made, "csv", report_left_out, shard_size=50)
+        index = shards.write_shards({"train": plain}, made, "csv", shard_size=50)
     assert caplog.messages == ["left out: 1 of 120 images can't be read: 7.png"]
     assert sum(shard["images"] for shard in index["splits"]["train"]["shards"]) == 119
     assert len(load_split("shards", made, "train", cache_dir=tmp_path / "cache")) == 119
     plain[8:12] = [plain[7]._replace(image_id=f"gone-{n}.png") for n in range(4)]
     with pytest.raises(ValueError, match="5 of 120 images can't be read: .*7.png"):
-        shards.write_shards({"train": plain}, tmp_path / "worse", "csv", report_left_out)
+        shards.write_shards({"train": plain}, tmp_path / "worse", "csv")
     assert not (tmp_path / "worse" / "index.json").exists()
 
 

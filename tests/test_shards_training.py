@@ -180,7 +180,7 @@ def test_missing_images_are_left_out_and_too_many_are_an_error(
     for workers in (0, 2):
         with pytest.raises(ValueError, match=r"^\d+ of 24 images of the shards can't be read: .*p"):
             list(stream(folder, tmp_path, workers=workers))
-    monkeypatch.setattr("readers.MAX_LEFT_OUT", 0.5)
+    monkeypatch.setattr("util.images.MAX_LEFT_OUT", 0.5)
     assert 14 < len(flat(stream(folder, tmp_path))) < 24
     assert "train-000001.tar is damaged" in caplog.text
     assert "images of the shards can't be read" in caplog.text

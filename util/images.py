@@ -3,10 +3,11 @@
 import errno
 import importlib
 import io
+import logging
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from util.files import UserError
+
+log = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset({
     ".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
@@ -25,7 +28,7 @@ MAX_PIXELS = 89_478_485  # above it Pillow warns of a decompression bomb
 HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 
 # What Pillow's readers raise for damaged files, besides errors of their own.
-UNREADABLE = (
+PILLOW_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -41,6 +44,10 @@ UNREADABLE = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # raised where the caller's filters turn warnings into errors
 )
+
+# What `read_image` raises for a bad file. Other errors, as of a failing disk, end the program.
+UNREADABLE = (ValueError, FileNotFoundError, PermissionError)
+MAX_LEFT_OUT = 0.01  # of a split's images may be missing or unreadable, and one in any case
 
 # EXIF orientation → the transposition that makes the image upright.
 TURNS = {
@@ -84,7 +91,7 @@ def read_image(source: Any, at_least: int | None = None) -> Image.Image:
         try:  # one that was opened but not decoded may still fail
             check_header(source)
             return make_upright(source)
-        except UNREADABLE as error:
+        except PILLOW_ERRORS as error:
             raise unreadable(getattr(source, "filename", "") or "the image given", error) from error
     if hasattr(source, "read"):
         name = getattr(source, "name", None)
@@ -176,7 +183,7 @@ def read_stream(stream: Any, name: str, at_least: int | None) -> Image.Image:
             if at_least is not None:
                 image.draft("RGB", (2 * at_least, 2 * at_least))
             return make_upright(image)
-    except UNREADABLE as error:
+    except PILLOW_ERRORS as error:
         raise unreadable(name, error, stream) from error
 
 
@@ -237,7 +244,7 @@ def make_upright(image: Image.Image) -> Image.Image:
     check_header(image)  # an icon may be larger than its header says
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except UNREADABLE:  # a damaged EXIF block
+    except PILLOW_ERRORS:  # a damaged EXIF block
         turn = None
     image = to_rgb(image)
     if turn is not None:
@@ -322,3 +329,23 @@ def to_uint8(convert: Callable[[Any], Any], array: Any) -> Any:
         chunk = slice(start, start + CHUNK)
         result[chunk] = convert(flat[chunk])  # assigning truncates as astype does
     return result.reshape(array.shape)
+
+
+# ---- images that are left out ----------------------------------------------------------------
+
+
+def are_too_many(left_out: int, total: int) -> bool:
+    """Return whether so many of `total` images may not be left out: one may, if it is not all."""
+    return left_out > max(1, MAX_LEFT_OUT * total) or left_out == total > 0
+
+
+def report_left_out(image_ids: Sequence[str | int], total: int, reason: str) -> None:
+    """Log which images are left out, and of how many; UserError if they are too many."""
+    if not image_ids:
+        return
+    shown = ", ".join(str(image_id)[:100] for image_id in image_ids[:10])
+    shown += f" and {len(image_ids) - 10} more" if len(image_ids) > 10 else ""
+    message = f"{len(image_ids)} of {total} images {reason}: {shown}"
+    if are_too_many(len(image_ids), total):
+        raise UserError(f"{message}; more than 1 % is too many to leave out, repair the dataset")
+    log.warning("left out: %s", message)

@@ -1,0 +1,101 @@
+"""Tables of text in CSV, TSV, JSON, JSON lines, Excel or Parquet, with the line of any fault."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from util import files
+from util.files import UserError
+
+FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".parquet")
+
+
+def read_table(
+    path: Path, columns: Mapping[str, Sequence[str]], optional: Sequence[str] = ()
+) -> pd.DataFrame:
+    """Return the `columns` of a table; the index is the number of the line (or row), from 1.
+
+    Each column has the names that it may go by in the file, in lower case; the first that is there
+    is read. `optional` columns may be absent, and their cells empty: "". A suffix that is not in
+    `FORMATS` means CSV. UserError names the line at fault.
+    """
+    kind = path.suffix.lower()
+    try:
+        if kind in (".json", ".jsonl"):
+            table = read_objects(path)
+        elif kind == ".parquet":
+            table = pd.read_parquet(path)
+            table.index = range(1, len(table) + 1)
+        else:
+            table = read_cells(path)
+    except ImportError as error:
+        package = "pyarrow" if kind == ".parquet" else "openpyxl"
+        raise UserError(f"{path} is read with {package}: pip install {package}") from error
+    except (OSError, MemoryError, UserError):
+        raise
+    except Exception as error:  # what openpyxl and pyarrow raise for damaged files has no limits
+        message = f"{type(error).__name__}: {str(error)[:100]}"
+        raise UserError(f"{path} can't be read as a table ({message})") from error
+    header = [str(name).strip().lower() for name in table.columns]
+    found = {}
+    for column, names in columns.items():
+        name = next((name for name in names if name in header), None)
+        if header.count(name) > 1 or (name is None and column not in optional):
+            required = " and ".join(name for name in columns if name not in optional)
+            raise UserError(
+                f"{path} must have the columns {required}, each once, not "
+                f"{', '.join(header)[:60]!r}"
+            )
+        cells = table.iloc[:, header.index(name)] if name else pd.Series("", table.index)
+        found[column] = (cells.fillna("") if column in optional else cells).tolist()
+        for number, cell in zip(table.index, found[column], strict=True):
+            if not isinstance(cell, str):
+                message = f"{path} line {number} has no text in the column {column}"
+                raise UserError(f"{message}: {str(cell)[:60]!r}")
+    return pd.DataFrame(found, index=table.index, dtype=object)
+
+
+def read_cells(path: Path) -> pd.DataFrame:
+    """Return a CSV, TSV or Excel file, all cells as text without blanks around it."""
+    # The header is read as a row, so that pandas expects as many cells in every row.
+    options = {"header": None, "dtype": str, "keep_default_na": False}
+    if path.suffix.lower() == ".xlsx":
+        table = pd.read_excel(path, **options)
+    else:
+        text = files.read_text(path)
+        header = text.partition("\n")[0]
+        options["sep"] = "\t" if path.suffix.lower() == ".tsv" else max(",|;\t", key=header.count)
+        # The C engine would fill short rows and accept quotes that are not closed.
+        options |= {"engine": "python", "index_col": False, "skip_blank_lines": False}
+        table = pd.read_csv(io.StringIO(text), **options)
+    table.index += 1
+    table = table.map(str.strip, na_action="ignore")
+    table = table[(table.fillna("") != "").any(axis=1)]  # spreadsheets leave blank rows
+    for number, row in table[table.isna().any(axis=1)].iterrows():
+        cells = row.dropna().tolist()
+        message = f"{path} line {number} has {len(cells)} cells, not {len(row)}"
+        raise UserError(f"{message}: {str(cells)[:60]}")
+    return table.iloc[1:].set_axis(table.iloc[0], axis=1)
+
+
+def read_objects(path: Path) -> pd.DataFrame:
+    """Return the table of a JSON list of objects, or of a file with an object per line."""
+    rows = {}
+    if path.suffix.lower() == ".json":
+        value = files.read_json(path)
+        rows = dict(enumerate(value if isinstance(value, list) else [value], 1))
+    else:
+        for number, line in enumerate(files.read_text(path).split("\n"), 1):
+            try:
+                if line.strip():
+                    rows[number] = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path} line {number} is not JSON ({error})") from error
+    for number, row in rows.items():
+        if not isinstance(row, dict):
+            raise UserError(f'{path} line {number} is not {{"column": "text"}}: {str(row)[:60]}')
+        rows[number] = {key.strip().lower(): cell for key, cell in row.items()}
+    return pd.DataFrame(list(rows.values()), index=list(rows), dtype=object)
