@@ -1,7 +1,9 @@
 """The flags of `train.py`: a field is a flag, a line of `--help` and an entry of config.json.
 
-A value comes from the first of these that has one: the command line, the run that `--resume` goes
-on with, the model that `--init-from` names, the preset, the dataset's defaults, the field itself.
+A value comes from the first of these that has one: the command line, the run that `--resume`
+continues, the model that `--init-from` names, the preset, the dataset's defaults, the field itself.
+A resumed run keeps its fields marked IDENTITY, and does not read `--init-from` again. The fields of
+the encoder and the decoder are in their modules.
 """
 
 import argparse
@@ -41,8 +43,8 @@ DATASET_DEFAULTS: dict[str, dict[str, Any]] = {
     # A finer grid of positions, and mirrored images: Flickr8k has few images, and a cache of 5 GB
     # is no burden. COCO's would take 93 GB.
     "flickr8k": {"img_size": 320, "views": 2},
-    # No dropout: the drawings do not repeat, so there is nothing to overfit, and dropout blurs how
-    # objects lie to each other.
+    # No dropout: the drawings do not repeat, so there is nothing to overfit, and dropout hides
+    # the relative positions of objects.
     "shapes": {
         "cnn_backbone": "tiny", "cnn_weights": "none", "augment": False, "d_model": 64,
         "n_decode": 2, "n_head": 4, "fc_dim": 256, "dropout": 0.0, "epochs": 6, "batch_size": 16,
@@ -78,7 +80,7 @@ class DataConfig:
     limit: int | None = field(default=None, metadata=IDENTITY)
     """Use only this many images of each split, for quick trials."""
     min_count: int = field(default=4, metadata=IDENTITY)
-    """Words that come less often in the training captions are unknown."""
+    """Words that occur less often in the training captions are unknown."""
     augment: bool = True
     """Where the CNN is trained: random crops, and mirrored images unless a caption says left or
     right."""
@@ -107,7 +109,7 @@ class TrainConfig:
     """Epochs of self-critical training after these, from the best model so far: it makes sampled
     captions with a high CIDEr-D more probable."""
     lr: float = 6e-4
-    """Peak learning rate of the decoder."""
+    """Peak learning rate of the decoder, and of a CNN trained from scratch."""
     scst_lr: float = 5e-5
     """The same in self-critical training (the CNN's is lowered in proportion)."""
     scst_samples: int = 5
@@ -117,7 +119,7 @@ class TrainConfig:
     cnn_lr: float = 1e-5
     """Peak learning rate of the CNN's last stages (--finetune-cnn)."""
     warmup: float = 0.05
-    """Share of the steps in which the learning rate rises; after them it falls to 0 as a cosine."""
+    """Share of the steps in which the learning rate rises; then it falls to 0 along a cosine."""
     weight_decay: float = 0.01
     """AdamW's decay of weight matrices."""
     label_smoothing: float = 0.1
@@ -138,7 +140,7 @@ class TrainConfig:
     init_from: Path | None = None
     """Start from the weights, words and sizes of this model: a model file, or a run's folder."""
     resume: bool = False
-    """Go on with the run in --output where it stopped, with its flags."""
+    """Continue the run in --output (or runs/DATASET) where it stopped, with its flags."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     amp: bool = True

@@ -1,7 +1,7 @@
 """What training minimises (a function and a row in `OBJECTIVES` each), and the reward of samples.
 
 B images · M captions in a batch · T words · V vocabulary · S image positions
-n samples per image · N words in a batch that are no padding
+n samples per image · N real words in a batch (not padding)
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +20,12 @@ from vocabulary import END, PAD, START, Vocabulary
 
 
 class Loss(NamedTuple):
-    """Sums over the real words of a batch: divide by `words` for means.
+    """A loss and its parts; the real words of a batch are those that are not padding.
 
-    `objective` has the gradient (label smoothing included), `nll` is the plain negative
-    log-likelihood in nats (no gradient), `words` is the number of targets.
+    `objective` has the gradient: a sum over the real words from `cross_entropy` and
+    `self_critical`, already divided by the step's totals from a function in `OBJECTIVES`. `nll` is
+    the sum of the negative log-likelihood in nats (no smoothing, no gradient), `words` the number
+    of real words.
     """
 
     objective: Tensor
@@ -41,7 +43,7 @@ class Totals(NamedTuple):
 class SampledBatch(NamedTuple):
     """A `Batch` whose captions were sampled from the model.
 
-    `advantage` (M,): by how much a caption's reward exceeds its baseline. `max_words`: the length
+    `advantage` (M,): a caption's reward minus its baseline. `max_words`: the length
     at which sampling ended a caption.
     """
 
@@ -105,7 +107,7 @@ def attention_penalty(attention: Tensor) -> Tensor:
     """Return the doubly stochastic penalty of attention (M, T-1, S), which is zero at padding.
 
     The mean of (1 - a position's attention summed over the words) squared: it is smallest where
-    a caption attends to all positions alike (arXiv 1502.03044, section 4.2.1).
+    a caption attends to all positions equally (arXiv 1502.03044, section 4.2.1).
     """
     return (1 - attention.sum(1)).square().mean()
 
@@ -137,8 +139,8 @@ def self_critical_objective(
     """Return the self-critical loss per word of captions sampled from the model.
 
     Words that decoding never chooses are left out of the softmax, as they were when the captions
-    were sampled: else a caption with a negative advantage would push probability to <unk>, which is
-    never sampled and so never pushed back.
+    were sampled: otherwise a caption with a negative advantage would push probability to <unk>,
+    which is never sampled and so never pushed back.
     """
     if len(logits):
         logits = mask_impossible_words(logits, batch.max_words)
@@ -185,8 +187,8 @@ class Reward:
     """CIDEr-D of captions against those of their images, plus `bleu_weight` times BLEU-4.
 
     Words are the scorer's. Document frequencies are those of the records (the train split). The end
-    of a caption counts as a word, in references too: else a caption that breaks off ("a man with
-    a") would score higher than a complete one.
+    of a caption counts as a word, in references too: otherwise a caption that breaks off ("a man
+    with a") would score higher than a complete one.
     """
 
     END_WORD = "<end>"  # the scorer's tokeniser never gives this one

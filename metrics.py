@@ -266,9 +266,9 @@ FAULTS = ("bad_endings", "repeats")  # the shares that `faults` returns
 def score(
     references: Mapping[Hashable, Sequence[Caption]], candidates: Mapping[Hashable, Caption]
 ) -> dict[str, float]:
-    """Return {"BLEU-1" … "BLEU-4", "ROUGE-L", "CIDEr"} of captions, as fractions.
+    """Return the scores of `METRICS` that need no Java by name: BLEU-1 to 4, ROUGE-L, CIDEr.
 
-    Both mappings go by image id. The numbers are those of pycocoevalcap to 1e-6. Raises
+    They are fractions. Both mappings go by image id. The numbers are those of pycocoevalcap to 1e-6. Raises
     ValueError for empty input and where the image ids differ.
     """
     wanted, given = _in_one_order(references, candidates)

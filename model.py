@@ -64,7 +64,7 @@ class CaptionModel(nn.Module):
         return [(self.encoder, self.img_size)]
 
     def forward(self, inputs: Tensor, tokens: Tensor, owner: Tensor) -> DecoderOutput:
-        """Return logits (M, T-1, V) of `tokens` (M, T), caption m being of image `owner[m]`.
+        """Return logits (M, T-1, V) of `tokens` (M, T), caption m describes image `owner[m]`.
 
         `inputs`: see `encode`. Without images or captions the logits are empty, and their backward
         pass gives every trainable parameter a zero gradient.

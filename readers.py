@@ -1,4 +1,4 @@
-"""Captions files on disk → a table with a row per caption → the records of each split.
+"""Caption files on disk → a table with a row per caption → the records of each split.
 
 A dataset is one reader and one row in `DATASETS`. A reader returns a `pandas.DataFrame` with a row
 per caption and these columns; everything else is done here, once for all datasets:
@@ -321,7 +321,7 @@ def load_splits(
     if unknown := set(splits) - set(SPLITS):
         raise UserError(f"split {min(unknown)!r} is not known; choose from {', '.join(SPLITS)}")
     root = data_folder(dataset, data_dir)
-    images = {} if dataset == "shards" else read_images(DATASETS[dataset], root, split_seed)
+    images = {} if dataset == "shards" else group_captions(DATASETS[dataset], root, split_seed)
     records: dict[str, list[Record]] = {}
     for split in splits:
         try:
@@ -348,7 +348,7 @@ def data_folder(dataset: str, data_dir: str | Path | None) -> Path | str:
     return str(data_dir)
 
 
-class Image(NamedTuple):
+class ImageCaptions(NamedTuple):
     """What a table says of an image; `captions` are not empty."""
 
     image_id: str | int
@@ -356,9 +356,9 @@ class Image(NamedTuple):
     captions: list[str]
 
 
-def read_images(
+def group_captions(
     read: Callable[[Path], pd.DataFrame], root: Path, split_seed: int
-) -> dict[str, Image]:
+) -> dict[str, ImageCaptions]:
     """Return file → image of a dataset, in the table's order, all of them in one of `SPLITS`."""
     table, images = read(root), {}
     for row in zip(*(table[column].tolist() for column in COLUMNS), strict=True):
@@ -370,7 +370,7 @@ def read_images(
             message = f"the split {row[3][:20]!r} of {file[:100]} is not known"
             raise UserError(f"{root}: {message}; choose from {known}")
         if file not in images:
-            images[file] = Image(image_id, split, [])
+            images[file] = ImageCaptions(image_id, split, [])
             if os.path.isabs(file) or ".." in Path(file).parts:
                 raise UserError(f"the image path {file[:100]!r} leaves the dataset's folder {root}")
         if images[file][:2] != (image_id, split):
@@ -404,7 +404,7 @@ def read_images(
     return images
 
 
-def make_records(images: Mapping[str, Image], split: str, root: Path) -> list[Record]:
+def make_records(images: Mapping[str, ImageCaptions], split: str, root: Path) -> list[Record]:
     """Return the records of a split; images without a file or a caption are left out."""
     wanted = {file: image for file, image in images.items() if image.split == split}
     if not wanted:

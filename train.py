@@ -105,7 +105,7 @@ def sync_after(net: torch.nn.Module, *, last: bool) -> contextlib.AbstractContex
 
 
 def load_data(config: Config) -> Records:
-    """Return the records of the splits there are; the train split must be."""
+    """Return the records of each split that the dataset has; the train split is required."""
     data = config.data
     where = (data.dataset, data.data_dir, data.split_seed, data.cache_dir)
     if data.dataset == "shards":
@@ -145,7 +145,7 @@ def build(config: Config, records: Records) -> tuple[CaptionModel, Records, Cach
         if encoder.trained != "none":
             records[split] = keep_readable(every)
             continue
-        # Of val and test, the features that evaluate.py computes: one view, in full precision.
+        # For val and test the same features as evaluate.py: one view, in full precision.
         train = split == "train"
         caches[split] = cache = cached_features(
             every, encoder, config.encoder.img_size, config.data.cache_dir,
@@ -167,9 +167,8 @@ def make_encoder(config: Config, init_model: CaptionModel | None) -> Encoder:
     """Return the encoder that the flags name, with the weights of `init_model` if there is one."""
     flags = config.encoder
     if not init_model:
-        finetune = flags.finetune_cnn or None
         return build_encoder(
-            flags.cnn_backbone, flags.cnn_weights, finetune=finetune, grid=flags.grid
+            flags.cnn_backbone, flags.cnn_weights, finetune=flags.finetune_cnn, grid=flags.grid
         )
     trained = "last" if flags.finetune_cnn else "all" if flags.cnn_weights == "none" else "none"
     encoder = Encoder(flags.cnn_backbone, trained, flags.grid)

@@ -83,7 +83,7 @@ class Trainer:
             (self.model.decoder, config.lr),
         ):
             parameters = [each for each in part.parameters() if each.requires_grad]
-            # Biases and normalisation layers are few and have no need of decay; some must not be 0.
+            # Not biases and norms: they are few, and decay would pull the scale of a norm to 0.
             matrices = [each for each in parameters if each.dim() > 1]
             vectors = [each for each in parameters if each.dim() <= 1]
             for chosen, decay in ((matrices, config.weight_decay), (vectors, 0.0)):
@@ -155,7 +155,7 @@ class Trainer:
         images = ", ".join(str(image_id) for batch in batches for image_id in batch.image_ids)
         step = f"step {self.step_number + 1} (epoch {self.epoch + 1}, learning rate {lr:.3g})"
         self.unchecked.append((f"{step}, with the images {images}", values))
-        # Sampling from a model with NaN weights would fail in words that explain nothing.
+        # Sampling from a model with NaN weights would fail with a message that explains nothing.
         if self.critical or len(self.unchecked) >= CHECK_EVERY:
             self.check_finite()
 
@@ -236,9 +236,9 @@ class Trainer:
     def training_mode(self) -> Iterator[None]:
         """Put the model into training mode, in the self-critical stage without dropout.
 
-        Without it: what is sampled must have the same probability when it is scored. Only dropout
-        is off, for cuDNN's LSTM has no backward pass in eval mode; and a CNN that is trained from
-        scratch is in eval mode, where its BatchNorm uses the same statistics both times.
+        Dropout is off there because a sampled caption must have the same probability when it is
+        scored again. The decoder is not in eval mode, in which cuDNN's LSTM has no backward pass;
+        a CNN that is trained from scratch is, so that BatchNorm uses the same statistics twice.
         """
         self.model.train()
         switched = []

@@ -30,11 +30,6 @@ class UserError(ValueError):
     """A mistake of the user, shown as one line: the message names the value and what to do."""
 
 
-# Metadata of a dataclass field: a model with another value there is another model, so a resumed
-# run must keep it.
-IDENTITY = {"identity": True}
-
-
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; at the end it is fsynced and renamed to `path`.
