@@ -268,7 +268,7 @@ def score(
 ) -> dict[str, float]:
     """Return the scores of `METRICS` that need no Java by name: BLEU-1 to 4, ROUGE-L, CIDEr.
 
-    They are fractions. Both mappings go by image id. The numbers are those of pycocoevalcap to 1e-6. Raises
+    They are fractions, those of pycocoevalcap to 1e-6. Both mappings go by image id. Raises
     ValueError for empty input and where the image ids differ.
     """
     wanted, given = _in_one_order(references, candidates)
