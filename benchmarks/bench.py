@@ -1,4 +1,7 @@
-"""Ours beside the usual way, in one run: `python benchmarks/bench.py --json bench.json`."""
+"""Compare this project's speed with the usual implementation's, in one run.
+
+Run `python benchmarks/bench.py --json bench.json`; `rows.py` has what is benchmarks.
+"""
 
 import sys
 import tempfile
@@ -10,11 +13,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import rows as measured  # noqa: E402
+import rows as benchmarks  # noqa: E402
 from machine import Machine  # noqa: E402
 
 from util import files  # noqa: E402
 from util.distributed import pick_device  # noqa: E402
+from util.files import UserError  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -24,30 +28,28 @@ class Config:
     json: Path | None = None
     """Also write the table to this JSON file."""
     rows: tuple[str, ...] = ()
-    """Only rows whose name holds one of these words (default: all)."""
+    """Only rows whose name contains one of these words (default: all)."""
     repeats: int = 5
-    """How many times each side is measured; the median counts."""
+    """Number of times that each side is measured; the table has the medians."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
 
-# --- the table
-
-# name -> what measures it, and the words that --rows looks for
-TABLE: dict[str, Callable[[Machine, Path], Any]] = {
-    "training": lambda machine, _: measured.training_rows(machine),
-    "beam transformer": lambda machine, _: measured.beam_row(machine, "transformer", 20),
-    "beam attention-lstm": lambda machine, _: measured.beam_row(machine, "attention LSTM", 10),
-    "greedy": lambda machine, _: measured.greedy_row(machine),
-    "features": measured.extraction_row,
-    "caption": measured.latency_rows,
-    "start": measured.start_row,
-    "scores": lambda machine, _: measured.scoring_row(machine),
-    "reward": lambda machine, _: measured.reward_row(machine),
+# Name, as --rows takes it -> the function that measures one row or several.
+ROWS: dict[str, Callable[[Machine, Path], Any]] = {
+    "training": lambda machine, _: benchmarks.training_rows(machine),
+    "beam transformer": lambda machine, _: benchmarks.beam_row(machine, "transformer", 20),
+    "beam attention-lstm": lambda machine, _: benchmarks.beam_row(machine, "attention LSTM", 10),
+    "greedy": lambda machine, _: benchmarks.greedy_row(machine),
+    "features": benchmarks.extraction_row,
+    "caption": benchmarks.latency_rows,
+    "start": benchmarks.start_row,
+    "scores": lambda machine, _: benchmarks.scoring_row(machine),
+    "reward": lambda machine, _: benchmarks.reward_row(machine),
 }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as a Markdown table."""
     lines = [
         "| row | unit | usual | ours | ratio | target | met |",
@@ -65,16 +67,16 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure the rows and print them."""
     config = files.parse(
-        Config, argv, program="bench.py", description="Time this project beside the usual way."
+        Config, argv, program="bench.py", description="Compare speeds with the usual way."
     )
     files.check_writable(config.json)
     chosen = {
         name: measure
-        for name, measure in TABLE.items()
+        for name, measure in ROWS.items()
         if not config.rows or any(word in name for word in config.rows)
     }
     if not chosen:
-        raise ValueError(f"no row is called {config.rows}; choose from {', '.join(TABLE)}")
+        raise UserError(f"no row is called {config.rows}; choose from {', '.join(ROWS)}")
     machine = Machine(pick_device(config.device), config.repeats)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
             found = measure(machine, Path(folder))
             rows += found if isinstance(found, list) else [found]
     print(machine.describe())
-    print(table(rows))
+    print(format_table(rows))
     if config.json:
         files.write_json(config.json, {"machine": machine.describe(), "rows": rows})
 

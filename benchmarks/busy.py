@@ -1,8 +1,8 @@
-"""How busy training keeps the device: `python benchmarks/busy.py --device cuda`.
+"""Measure how busy training keeps the device: `python benchmarks/busy.py --device cuda`.
 
-The default model takes steps on cached features that are made up, as a loader gives them, under
-torch's profiler. Busy is the share of the time in which the device ran at least one kernel (a CPU:
-one operation), as opposed to waiting for Python to ask for the next.
+The default model is trained for some steps on synthetic cached features under torch's profiler.
+The device is busy while it runs at least one kernel (a CPU: one operation), and idle while it waits
+for Python to launch the next.
 """
 
 import sys
@@ -36,9 +36,9 @@ class Config:
     device: str = "auto"
     """auto, cpu, cuda."""
     images: tuple[int, ...] = (32, 128)
-    """Images a step (--batch-size), one row each."""
+    """Images per step (--batch-size), a row for each value."""
     steps: int = 10
-    """StepDecoder that are looked at, after three that are not."""
+    """Steps that are measured, after three for warm-up."""
     compile: bool = False
     """Compile the model first, as train.py --compile does."""
     json: Path | None = None
@@ -46,7 +46,7 @@ class Config:
 
 
 def measure(images: int, config: Config) -> dict[str, float]:
-    """Return a row: milliseconds a step, the share of it the device is busy, kernels a step."""
+    """Return a row: milliseconds and kernels per step, and the share of time the device is busy."""
     device = pick_device(config.device)
     torch.manual_seed(0)
     model = CaptionModel(Encoder("resnet50"), DecoderConfig(), vocabulary(), 224).to(device)
@@ -56,26 +56,27 @@ def measure(images: int, config: Config) -> dict[str, float]:
     if on_gpu:
         one = one._replace(inputs=one.inputs.pin_memory())
 
-    def steps(count: int) -> float:
-        began = time.perf_counter()
+    def run_steps(count: int) -> float:
+        start = time.perf_counter()
         for _ in range(count):
             train_epoch(trainer, [[one]])
         if on_gpu:
             torch.cuda.synchronize()
-        return time.perf_counter() - began
+        return time.perf_counter() - start
 
-    steps(3)
-    seconds = steps(config.steps)  # without the profiler, which slows Python down
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as seen:
-        looked = steps(config.steps)
+    run_steps(3)
+    seconds = run_steps(config.steps)  # without the profiler, which slows Python down
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiler:
+        profiled_seconds = run_steps(config.steps)
     kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
     spans = [
         (event.time_range.start, event.time_range.end)
-        for event in seen.events()
+        for event in profiler.events()
         if event.device_type == kind
     ]
-    busy = covered(spans) / 1e6  # from microseconds
-    whole = seconds if on_gpu else looked  # a GPU's kernels take what they take, profiled or not
+    busy = sum_covered(spans) / 1e6  # from microseconds
+    # The profiler slows down Python, and with it a CPU's operations, but not a GPU's kernels.
+    whole = seconds if on_gpu else profiled_seconds
     return {
         "images": images,
         "step": 1000 * seconds / config.steps,
@@ -84,8 +85,8 @@ def measure(images: int, config: Config) -> dict[str, float]:
     }
 
 
-def covered(spans: Iterable[tuple[float, float]]) -> float:
-    """Return how much of the time at least one span covers."""
+def sum_covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the time that is covered by at least one of the spans (start, end)."""
     total, reached = 0.0, float("-inf")
     for start, end in sorted(spans):
         total += max(0.0, end - max(start, reached))
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         Config, argv, program="busy.py", description="Measure how busy training keeps the device."
     )
     files.check_writable(config.json)
-    print("| images a step | step, ms | device busy | kernels a step |\n|---|---|---|---|")
+    print("| images per step | step, ms | device busy | kernels per step |\n|---|---|---|---|")
     rows = []
     for images in config.images:
         row = measure(images, config)

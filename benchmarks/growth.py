@@ -1,9 +1,9 @@
-"""How cost grows with images, caption length, beams and vocabulary: `python benchmarks/growth.py`.
+"""Measure how cost grows with images, caption length, beams and vocabulary.
+
+Run `python benchmarks/growth.py`. Each point is measured in a process of its own, which has its own
+peak memory. Features are synthetic and small (4 x 64), so that the decoder's work dominates.
 
 B images · S image positions · C backbone channels
-
-Each point is a process of its own, so that its peak memory is its own. Features are small, 4 x 64,
-and made up: what grows is the bookkeeping around them and the decoder's work.
 """
 
 import multiprocessing
@@ -29,14 +29,15 @@ from features import FeatureCache  # noqa: E402
 from losses import cross_entropy  # noqa: E402
 from readers import Record  # noqa: E402
 from util import files  # noqa: E402
+from util.files import UserError  # noqa: E402
 
 POSITIONS, CHANNELS = 4, 64
-STEPS, DECODED = 30, 512  # training steps and images that are timed where images don't vary
+STEPS, DECODED = 30, 512  # training steps and captioned images, unless the images vary
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one process measures."""
+    """The sizes that one process measures."""
 
     images: int = 1000
     length: int = 11
@@ -59,14 +60,14 @@ class Config:
     json: Path | None = None
     """Also write the figures to this JSON file."""
     picture: Path | None = None
-    """Also draw them into this PNG file."""
+    """Also plot them into this PNG file."""
     vary: tuple[str, ...] = tuple(VARIED)
     """What to vary: images, length, beam, words."""
 
 
 def build_cache(folder: Path, images: int) -> FeatureCache:
-    """Write features for so many images as `features.py` would, and map them."""
-    path = folder / "made-up.npy"
+    """Return a cache of synthetic features in the format of `features.py`."""
+    path = folder / "synthetic.npy"
     array = np.lib.format.open_memmap(path, "w+", np.float16, (images, 1, POSITIONS, CHANNELS))
     rng = np.random.default_rng(0)
     for start in range(0, images, 10_000):
@@ -79,38 +80,39 @@ def build_cache(folder: Path, images: int) -> FeatureCache:
 
 
 def measure(point: Point) -> dict[str, float]:
-    """Return seconds of an image trained, seconds of an image captioned, and peak MB."""
+    """Return seconds per image of training and of captioning, and the peak memory in MB."""
     torch.manual_seed(0)
     words = vocabulary(point.words)
-    before = peak()
+    before = get_peak()
     with tempfile.TemporaryDirectory() as folder:
         cache = build_cache(Path(folder), point.images)
-        said = captions(point.images, mean_length=point.length, words=point.words)
-        records = [Record(str(n), Path(f"{n}.jpg"), tuple(each)) for n, each in enumerate(said)]
+        lines = captions(point.images, mean_length=point.length, words=point.words)
+        records = [Record(str(n), Path(f"{n}.jpg"), tuple(each)) for n, each in enumerate(lines)]
         config = DecoderConfig(seq_len=3 * point.length)
         decoder = build_decoder(
             config, vocabulary=len(words), channels=CHANNELS, positions=POSITIONS
         )
         dataset = CaptionDataset(records, words, config.seq_len, features=cache)
-        trained = train(decoder, dataset, len(records) if point.images > 1000 else 0)
-        spoken = speak(decoder.eval(), dataset, point)
-        return {"train": trained, "caption": spoken, "memory": peak() - before}
+        train_seconds = time_training(decoder, dataset, whole_epoch=point.images > 1000)
+        caption_seconds = time_captioning(decoder.eval(), dataset, point)
+        memory = get_peak() - before
+        return {"train": train_seconds, "caption": caption_seconds, "memory": memory}
 
 
-def peak() -> float:
+def get_peak() -> float:
     """Return this process's peak memory in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
-def train(decoder: Any, dataset: CaptionDataset, images: int) -> float:
-    """Return seconds an image of training; all `images` are gone through, at least 30 steps."""
+def time_training(decoder: Any, dataset: CaptionDataset, whole_epoch: bool) -> float:
+    """Return seconds per image of training; with `whole_epoch`, all images are also read."""
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
-    done, began = 0, 0.0
+    done, start = 0, 0.0
     for number, batch in enumerate(get_loader(dataset, 32, shuffle=True)):
-        if number == 2:  # the first steps prepare things
-            done, began = 0, time.perf_counter()
-        if number >= STEPS + 2:  # a step costs the same to the end: reading on is enough
-            if not images:
+        if number == 2:  # two steps for warm-up
+            done, start = 0, time.perf_counter()
+        if number >= STEPS + 2:  # all steps cost the same: the other batches are only read
+            if not whole_epoch:
                 break
             continue
         logits = decoder(decoder.encode(batch.inputs.float()), batch.tokens, batch.owner).logits
@@ -119,26 +121,26 @@ def train(decoder: Any, dataset: CaptionDataset, images: int) -> float:
         (loss.objective / loss.words).backward()
         optimizer.step()
         done += len(batch.image_ids)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - start
     return seconds / done
 
 
 @torch.inference_mode()
-def speak(decoder: Any, dataset: CaptionDataset, point: Point) -> float:
-    """Return seconds an image of beam search, every caption as long as asked for."""
+def time_captioning(decoder: Any, dataset: CaptionDataset, point: Point) -> float:
+    """Return seconds per image of beam search, all captions with `point.length` words."""
     images = DECODED if point.images <= 1000 else min(point.images, 10_000)
-    began = time.perf_counter()
-    for start in range(0, images, 64):
-        rows = range(start, min(start + 64, images))
-        seen = torch.stack([dataset.features.get(dataset.records[row].image_id) for row in rows])
+    start = time.perf_counter()
+    for first in range(0, images, 64):
+        part = dataset.records[first : min(first + 64, images)]
+        inputs = torch.stack([dataset.features.get(record.image_id) for record in part])
         beam_search(
             decoder,
-            decoder.encode(seen.float()),
+            decoder.encode(inputs.float()),
             beam_size=point.beam,
             max_words=point.length,
             min_words=point.length,
         )
-    return (time.perf_counter() - began) / images
+    return (time.perf_counter() - start) / images
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -147,20 +149,22 @@ def main(argv: list[str] | None = None) -> None:
     files.check_writable(config.json, config.picture)
     unknown = set(config.vary) - set(VARIED)
     if unknown:
-        raise ValueError(f"{', '.join(unknown)} can't be varied; choose from {', '.join(VARIED)}")
+        raise UserError(f"{', '.join(unknown)} can't be varied; choose from {', '.join(VARIED)}")
     context = multiprocessing.get_context("spawn")
     rows = []
-    print("| varied | value | training, ms an image | beam search, ms an image | peak memory, MB |")
+    print(
+        "| varied | value | training, ms per image | beam search, ms per image | peak memory, MB |"
+    )
     print("|---|---|---|---|---|")
     for name in config.vary:
         for value in VARIED[name]:
             point = replace(Point(), **{name: value})
             with context.Pool(1) as pool:
-                found = pool.apply(measure, (point,))
-            rows.append({"varied": name, **asdict(point), **found})
+                measured = pool.apply(measure, (point,))
+            rows.append({"varied": name, **asdict(point), **measured})
             print(
-                f"| {name} | {value:,} | {1000 * found['train']:.2f} | "
-                f"{1000 * found['caption']:.2f} | {found['memory']:.0f} |",
+                f"| {name} | {value:,} | {1000 * measured['train']:.2f} | "
+                f"{1000 * measured['caption']:.2f} | {measured['memory']:.0f} |",
                 flush=True,
             )
     if config.json:
@@ -170,12 +174,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Draw time (above) and memory (below) against what was varied, on logarithmic axes."""
+    """Plot time (above) and memory (below) against each varied size, on logarithmic axes."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     varied = list(dict.fromkeys(row["varied"] for row in rows))
-    titles = {"images": "images", "length": "words a caption", "beam": "beams",
+    titles = {"images": "images", "length": "words per caption", "beam": "beams",
               "words": "words in the vocabulary"}  # fmt: skip
     figure = Figure(figsize=(3.4 * len(varied), 5.4), dpi=110, layout="constrained")
     panels = figure.subplots(2, len(varied), sharex="col", sharey="row", squeeze=False)
@@ -194,7 +198,7 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
                 axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
                 axis.set_minor_formatter(NullFormatter())
         memory.set_xticks(values, [f"{value:,}" for value in values], fontsize=8)
-    panels[0][0].set(ylabel="ms an image", ylim=(0.5, 300))
+    panels[0][0].set(ylabel="ms per image", ylim=(0.5, 300))
     panels[1][0].set(ylabel="peak memory, MB", ylim=(100, 20_000))
     panels[0][0].legend(frameon=False)
     with files.replacing(path) as temporary:

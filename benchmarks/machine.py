@@ -1,4 +1,4 @@
-"""Timing two sides in turn, and what a row of the table says of them."""
+"""Time two implementations alternately, and make rows of the table of the results."""
 
 import gc
 import platform
@@ -14,58 +14,56 @@ import torch
 
 @dataclass
 class Machine:
-    """Where the rows run, and how often."""
+    """The device that rows run on, and how often."""
 
     device: torch.device
     repeats: int
 
-    def seconds(self, *sides: Callable[[], Any]) -> list[float]:
-        """Return the median seconds of each side, measured in turn after one uncounted time."""
-        found: list[list[float]] = [[] for _ in sides]
+    def time(self, *sides: Callable[[], Any]) -> list[float]:
+        """Return the median seconds of each side, measured alternately after one warm-up run."""
+        measured: list[list[float]] = [[] for _ in sides]
         gc.collect()
         for number in range(self.repeats + 1):
-            for times, side in zip(found, sides, strict=True):
-                began = time.perf_counter()
+            for times, side in zip(measured, sides, strict=True):
+                start = time.perf_counter()
                 side()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 if number:
-                    times.append(time.perf_counter() - began)
-        return [statistics.median(times) for times in found]
+                    times.append(time.perf_counter() - start)
+        return [statistics.median(times) for times in measured]
 
     def describe(self) -> str:
-        """Return the machine in words."""
+        """Return the name of the device, and the versions."""
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-        cores = f"{torch.get_num_threads()} threads"
-        return (
-            f"{processor()}, {cores}, torch {torch.__version__}, Python {platform.python_version()}"
-        )
+        versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+        return f"{get_processor()}, {torch.get_num_threads()} threads, {versions}"
 
 
-def processor() -> str:
+def get_processor() -> str:
     """Return the processor's name."""
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if about.exists() else []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 
-def row(name: str, unit: str, usual: float, ours: float, target: float) -> dict[str, Any]:
-    """Return a row of rates: more is better, and the ratio must reach the target."""
+def rate_row(name: str, unit: str, usual: float, ours: float, target: float) -> dict[str, Any]:
+    """Return a row of rates: ours / usual should be at least the target."""
     ratio = ours / usual
     return {"name": name, "unit": unit, "usual": usual, "ours": ours, "ratio": ratio,
             "target": target, "met": ratio >= target}  # fmt: skip
 
 
-def multiple(name: str, base: float, ours: float, most: float) -> dict[str, Any]:
-    """Return a row of times in ms: ours may take at most so many times what is its base."""
+def time_row(name: str, base: float, ours: float, most: float) -> dict[str, Any]:
+    """Return a row of times in ms: ours / base should be at most `most`."""
     ratio = ours / base
     return {"name": name, "unit": "ms", "usual": 1000 * base, "ours": 1000 * ours, "ratio": ratio,
             "target": most, "met": ratio <= most}  # fmt: skip
 
 
-def agree(what: str, same: bool) -> None:
-    """Raise RuntimeError where both sides should have made the same and did not."""
-    if not same:
-        raise RuntimeError(f"{what}: the two ways do not agree; the benchmark is void")
+def check_equal(what: str, equal: bool) -> None:
+    """Raise RuntimeError if the two implementations have different results."""
+    if not equal:
+        raise RuntimeError(f"{what} differ between the two implementations: nothing to compare")

@@ -1,8 +1,8 @@
-"""How a training step shares out among processes: `python benchmarks/ranks.py --processes 1 2`.
+"""Measure a training step in several processes: `python benchmarks/ranks.py --processes 1 2`.
 
-Each row is a job of its own that torchrun starts, one CPU thread or one GPU a process: the default
-model on cached features that are made up. `own work` is a step on the process's share of the batch
-with nobody to tell, `exchange` is what adding up all gradients alone takes.
+Each row is a job of its own, started with torchrun, with one CPU thread or one GPU per process: the
+default model on synthetic cached features. `own work` is a step on the process's share of the batch
+without communication, `exchange` the time to sum all gradients over the processes.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from train import train_epoch  # noqa: E402
 from trainer import Trainer  # noqa: E402
 from util import distributed, files  # noqa: E402
 from util.distributed import pick_device  # noqa: E402
+from util.files import UserError  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class Config:
     """The flags of this benchmark."""
 
     processes: tuple[int, ...] = (1, 2)
-    """How many processes a job has, job by job."""
+    """Numbers of processes, a job for each."""
     images: tuple[int, ...] = (32,)
-    """Images a step (--batch-size), of all processes together."""
+    """Images per step (--batch-size), over all processes."""
     steps: int = 10
-    """StepDecoder that are timed; the median counts."""
+    """Steps that are timed; the table has the median."""
     device: str = "cpu"
     """auto, cpu, cuda."""
     json: Path | None = None
@@ -50,11 +51,11 @@ class Config:
 
     def __post_init__(self) -> None:
         if min(self.images) < max(self.processes):
-            raise ValueError(f"--images {min(self.images)} are too few to be shared")
+            raise UserError(f"--images {min(self.images)} must be at least the number of processes")
 
 
 def measure(images: int, steps: int, device: str) -> dict[str, Any] | None:
-    """Return a row on the main process: milliseconds of a step and of its parts, and peak MB."""
+    """Return the row, on the main process: milliseconds of a step and its parts, peak memory."""
     place = pick_device(device)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -62,43 +63,44 @@ def measure(images: int, steps: int, device: str) -> dict[str, Any] | None:
     share = len(distributed.split_by_rank(range(images)))
     one = batch(share, seed=distributed.rank())
     trainer = Trainer(model, TrainConfig(), steps_per_epoch=10**6)
-    together = timed(lambda: train_epoch(trainer, [[one]]), steps, place)
+    step = time_median(lambda: train_epoch(trainer, [[one]]), steps, place)
     weights = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad))
-    exchange = timed(lambda: add_up(weights.to(place)), steps, place)
+    exchange = time_median(lambda: all_reduce(weights.to(place)), steps, place)
     distributed.barrier()
-    trainer.net = model  # from here on nobody is told of gradients
-    with alone():
-        own = timed(lambda: train_epoch(trainer, [[one]]), steps, place)
+    trainer.net = model  # without DistributedDataParallel
+    with no_communication():
+        own = time_median(lambda: train_epoch(trainer, [[one]]), steps, place)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     peaks = distributed.gather(peak)
     if peaks is None:
         return None
-    rate = len(one.tokens) * distributed.world_size() / together
-    return {"processes": distributed.world_size(), "images": images, "step": 1000 * together,
+    rate = len(one.tokens) * distributed.world_size() / step
+    return {"processes": distributed.world_size(), "images": images, "step": 1000 * step,
             "own": 1000 * own, "exchange": 1000 * exchange, "rate": rate,
             "memory": max(peaks)}  # fmt: skip
 
 
-def timed(work: Callable[[], Any], steps: int, device: torch.device) -> float:
-    """Return the median seconds of `work`, after two times that don't count."""
+def time_median(work: Callable[[], Any], steps: int, device: torch.device) -> float:
+    """Return the median seconds of `work`, after two runs for warm-up."""
     seconds = []
     for _ in range(steps + 2):
-        began = time.perf_counter()
+        start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[2:])
 
 
-def add_up(weights: torch.Tensor) -> None:
+def all_reduce(weights: torch.Tensor) -> None:
+    """Sum the weights over the processes, if there are several."""
     if distributed.world_size() > 1:
         torch.distributed.all_reduce(weights)
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """While this lasts, a step tells nobody of its words either."""
+def no_communication() -> Iterator[None]:
+    """Within this context, a step does not sum its number of words over the processes either."""
     total = distributed.all_reduce_sum
     distributed.all_reduce_sum = lambda values: [float(value) for value in values]
     try:
@@ -107,8 +109,8 @@ def alone() -> Iterator[None]:
         distributed.all_reduce_sum = total
 
 
-def job(processes: int, images: int, config: Config) -> dict[str, Any]:
-    """Return the row of a job of so many processes."""
+def run_job(processes: int, images: int, config: Config) -> dict[str, Any]:
+    """Return the row of a job with this number of processes."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     work = [__file__, "--worker", str(images), str(config.steps), config.device]
     run = subprocess.run(
@@ -117,24 +119,24 @@ def job(processes: int, images: int, config: Config) -> dict[str, Any]:
         text=True,
     )
     if run.returncode:
-        raise ValueError(f"a job of {processes} processes failed: {run.stderr.strip()[-300:]}")
+        raise RuntimeError(f"a job of {processes} processes failed: {run.stderr.strip()[-300:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure every job and print a table."""
     config = files.parse(
-        Config, argv, program="ranks.py", description="Measure how a step shares out."
+        Config, argv, program="ranks.py", description="Measure a step in several processes."
     )
     files.check_writable(config.json)
     rows = []
     print(
-        "| processes | images a step | step, ms | own work | exchange | captions/s | memory, MB |"
+        "| processes | images per step | step, ms | own work | exchange | captions/s | memory, MB |"
     )
     print("|---|---|---|---|---|---|---|")
     for images in config.images:
         for processes in config.processes:
-            row = job(processes, images, config)
+            row = run_job(processes, images, config)
             rows.append(row)
             print(
                 f"| {processes} | {images} | {row['step']:.0f} | {row['own']:.0f} | "
@@ -146,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def worker(images: str, steps: str, device: str) -> None:
+    """Print the row of a job as JSON, from the main process; torchrun starts this."""
     with distributed.join():
         row = measure(int(images), int(steps), device)
         if row:

@@ -1,8 +1,8 @@
-"""What is compared: training, decoding, pictures, scores; each ours beside the usual way.
+"""The rows of the benchmark's table: training, decoding, images, scores.
 
 B images · S image positions · C backbone channels · M captions in a batch · K beams
 
-Where both sides make the same thing, it is checked that they do.
+Each compares this project with the usual way, and checks that both have the same results.
 """
 
 import subprocess
@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 import usual_way
-from machine import Machine, agree, multiple, row
-from synthetic import batch, captions, features, photographs, trained_decoder, vocabulary
+from machine import Machine, check_equal, rate_row, time_row
+from synthetic import batch, captions, features, trained_decoder, vocabulary, write_jpegs
 from torch import Tensor, nn
 
 import metrics
@@ -30,22 +30,23 @@ from model import CaptionModel
 from readers import Record
 from train import train_epoch
 from trainer import Trainer
+from util.files import UserError
 from util.images import read_image
 from vocabulary import END
 
 ROOT = Path(__file__).resolve().parent.parent
 BEAM = {"beam_size": 5, "max_words": 30}
 PENALTY = 0.7
-DOCUMENTS = 6000  # images whose captions tell how rare an n-gram is
+DOCUMENTS = 6000  # images from which document frequencies of n-grams are counted
 
 
-# --- training
+# ---- training --------------------------------------------------------------------------------
 
 
-def steppers(machine: Machine) -> tuple[Callable, Callable, Callable, int]:
-    """Return a step the usual way with the CNN, one with cached features, ours, and captions each.
+def build_steps(machine: Machine) -> tuple[Callable, Callable, Callable, int]:
+    """Return the usual step with the CNN, the usual one with cached features, ours, and M.
 
-    Before that, the three losses are compared, without dropout and in full precision.
+    First, the three losses are compared, without dropout and in full precision.
     """
     config = train.configure(["--cnn-weights", "none"])
     words, size, device = vocabulary(), 32, machine.device
@@ -56,33 +57,37 @@ def steppers(machine: Machine) -> tuple[Callable, Callable, Callable, int]:
     one = batch(size, words=words)
     tokens, owner = one.tokens.to(device), one.owner.to(device)
     with torch.no_grad():
-        seen = encoder(pixels)
+        inputs = encoder(pixels)
     usual = usual_way.UsualTransformer(model.decoder, config.decoder.dropout).to(device)
-    long = usual_way.padded(tokens, usual_way.PADDED_TO)
+    padded_tokens = usual_way.pad(tokens, usual_way.PADDED_TO)
 
     with torch.no_grad():
-        loss = cross_entropy(model.eval()(seen, tokens, owner).logits, tokens)
-        for padded, given in ((tokens, seen[owner]), (long, encoder(pixels[owner]))):
-            gap = abs(float(loss.nll / loss.words) - float(usual.eval().loss(given, padded)))
-            agree("the loss of a training batch", gap < 1e-4)
+        loss = cross_entropy(model.eval()(inputs, tokens, owner).logits, tokens)
+        for usual_tokens, usual_features in (
+            (tokens, inputs[owner]),
+            (padded_tokens, encoder(pixels[owner])),
+        ):
+            usual_loss = usual.eval().loss(usual_features, usual_tokens)
+            difference = abs(float(loss.nll / loss.words) - float(usual_loss))
+            check_equal("the losses of a training batch", difference < 1e-4)
 
     usual.train()
     optimizer = torch.optim.AdamW(usual.parameters(), lr=1e-4)
     trainer = Trainer(model, TrainConfig(), steps_per_epoch=100)
 
-    def learn(given: Tensor, captions: Tensor) -> None:
+    def usual_step(features: Tensor, tokens: Tensor) -> None:
         optimizer.zero_grad()
-        usual.loss(given, captions).backward()
+        usual.loss(features, tokens).backward()
         nn.utils.clip_grad_norm_(usual.parameters(), 1.0)
         optimizer.step()
 
     def with_cnn() -> None:
         with torch.no_grad():
-            given = encoder(pixels[owner])  # once for every caption
-        learn(given, long)
+            repeated = encoder(pixels[owner])  # once per caption
+        usual_step(repeated, padded_tokens)
 
     def with_cache() -> None:
-        learn(seen[owner], tokens)
+        usual_step(inputs[owner], tokens)
 
     def ours() -> None:
         train_epoch(trainer, [[one]])
@@ -91,32 +96,32 @@ def steppers(machine: Machine) -> tuple[Callable, Callable, Callable, int]:
 
 
 def training_rows(machine: Machine) -> list[dict[str, Any]]:
-    """Return captions a second in training, against the CNN each time and against a cache."""
-    with_cnn, with_cache, ours, count = steppers(machine)
+    """Return captions per second of training, compared with and without cached features."""
+    with_cnn, with_cache, ours, count = build_steps(machine)
     few = Machine(machine.device, max(1, machine.repeats // 2))
-    slow, fast = few.seconds(with_cnn, ours)
-    cached, again = machine.seconds(with_cache, ours)
+    slow, fast = few.time(with_cnn, ours)
+    cached, again = machine.time(with_cache, ours)
     return [
-        row("training step, frozen ResNet-50", "captions/s", count / slow, count / fast, 15),
-        row("training step, cached features", "captions/s", count / cached, count / again, 2),
+        rate_row("training step, frozen ResNet-50", "captions/s", count / slow, count / fast, 15),
+        rate_row("training step, cached features", "captions/s", count / cached, count / again, 2),
     ]
 
 
-# --- decoding
+# ---- decoding --------------------------------------------------------------------------------
 
 
-def said(tokens: Tensor) -> list[list[int]]:
-    """Return the words of captions (B, T), each with its end."""
+def to_lists(tokens: Tensor) -> list[list[int]]:
+    """Return the tokens of captions (B, T) as lists that end with the end token."""
     rows = tokens.tolist()
     return [line[: line.index(END) + 1] for line in rows]
 
 
 def beam_row(machine: Machine, kind: str, target: float) -> dict[str, Any]:
-    """Return images a second of beam search; the usual way is timed on a twentieth of them."""
+    """Return images per second of beam search; the usual way is timed on a twentieth of them."""
     count, few = 1000, 50
     config = DecoderConfig() if kind == "transformer" else attention_config()
     decoder = trained_decoder(config).to(machine.device)
-    seen = features(count).to(machine.device)
+    inputs = features(count).to(machine.device)
     search = {"beam_size": 5, "max_words": config.seq_len, "penalty": PENALTY}
     model = (
         usual_way.UsualTransformer(decoder).to(machine.device).eval()
@@ -128,19 +133,19 @@ def beam_row(machine: Machine, kind: str, target: float) -> dict[str, Any]:
     @torch.inference_mode()
     def usual() -> None:
         one = usual_way.transformer_beam if kind == "transformer" else usual_way.attention_beam
-        found["usual"] = [one(model, each.float(), **search) for each in seen[:few]]
+        found["usual"] = [one(model, each.float(), **search) for each in inputs[:few]]
 
     @torch.inference_mode()
     def ours() -> None:
         found["ours"] = []
-        for part in seen.split(64):
+        for part in inputs.split(64):
             memory = decoder.encode(part.float())
             decoded = beam_search(decoder, memory, **BEAM, length_penalty=PENALTY)
-            found["ours"] += said(decoded.tokens[:, 0])
+            found["ours"] += to_lists(decoded.tokens[:, 0])
 
-    slow, fast = machine.seconds(usual, ours)
-    agree(f"captions by beam search, {kind}", found["ours"][:few] == found["usual"])
-    return row(f"beam 5, {kind}", "images/s", few / slow, count / fast, target)
+    slow, fast = machine.time(usual, ours)
+    check_equal(f"captions of beam search, {kind},", found["ours"][:few] == found["usual"])
+    return rate_row(f"beam 5, {kind}", "images/s", few / slow, count / fast, target)
 
 
 def attention_config() -> DecoderConfig:
@@ -149,7 +154,7 @@ def attention_config() -> DecoderConfig:
 
 
 def greedy_row(machine: Machine) -> dict[str, Any]:
-    """Return images a second of the greedy method, in batches on both sides."""
+    """Return images per second of greedy decoding, in batches on both sides."""
     count = 1000
     decoder = trained_decoder(DecoderConfig()).to(machine.device)
     usual_model = usual_way.UsualTransformer(decoder).to(machine.device).eval()
@@ -159,26 +164,26 @@ def greedy_row(machine: Machine) -> dict[str, Any]:
     @torch.inference_mode()
     def usual() -> None:
         lines = [usual_way.greedy(usual_model, part.float(), BEAM["max_words"]) for part in parts]
-        found["usual"] = [line for part in lines for line in said(part)]
+        found["usual"] = [line for part in lines for line in to_lists(part)]
 
     @torch.inference_mode()
     def ours() -> None:
         found["ours"] = []
         for part in parts:
             decoded = greedy(decoder, decoder.encode(part.float()), max_words=BEAM["max_words"])
-            found["ours"] += said(decoded.tokens[:, 0])
+            found["ours"] += to_lists(decoded.tokens[:, 0])
 
-    slow, fast = machine.seconds(usual, ours)
-    agree("greedy captions", found["ours"] == found["usual"])
-    return row("greedy, transformer", "images/s", count / slow, count / fast, 5)
+    slow, fast = machine.time(usual, ours)
+    check_equal("greedy captions", found["ours"] == found["usual"])
+    return rate_row("greedy, transformer", "images/s", count / slow, count / fast, 5)
 
 
-# --- pictures
+# ---- images ----------------------------------------------------------------------------------
 
 
 def extraction_row(machine: Machine, folder: Path) -> dict[str, Any]:
-    """Return images a second from files to features, by a ResNet-50 with random weights."""
-    paths = photographs(folder / "photographs", 96)
+    """Return images per second from files to features, with a random ResNet-50."""
+    paths = write_jpegs(folder / "images", 96)
     records = [Record(path.name, path, ()) for path in paths]
     torch.manual_seed(0)
     encoder = Encoder("resnet50").eval()
@@ -195,16 +200,16 @@ def extraction_row(machine: Machine, folder: Path) -> dict[str, Any]:
         parts = encode_images(records, encoder, 224, machine.device, 32, 2, fast)
         found["ours"] = torch.cat([part.features[:, 0].cpu() for part in parts]).float()
 
-    slow, quick = machine.seconds(usual, ours)
-    likeness = nn.functional.cosine_similarity(found["usual"], found["ours"], dim=-1)
-    agree("features", float(likeness.min()) > 0.99)
-    return row(
+    slow, quick = machine.time(usual, ours)
+    cosine = nn.functional.cosine_similarity(found["usual"], found["ours"], dim=-1)
+    check_equal("features", float(cosine.min()) > 0.99)
+    return rate_row(
         "ResNet-50 features from files", "images/s", len(paths) / slow, len(paths) / quick, 1.5
     )
 
 
-def saved_model(folder: Path) -> Path:
-    """Write a ResNet-50 with a transformer that writes captions of the usual length."""
+def save_model(folder: Path) -> Path:
+    """Write a model whose captions have the usual length; return its path."""
     torch.manual_seed(0)
     model = CaptionModel(Encoder("resnet50"), DecoderConfig(), vocabulary(), 224)
     model.decoder.load_state_dict(trained_decoder(DecoderConfig()).state_dict())
@@ -213,10 +218,10 @@ def saved_model(folder: Path) -> Path:
 
 
 def latency_rows(machine: Machine, folder: Path) -> list[dict[str, Any]]:
-    """Return the time of one caption as a multiple of the encoder's forward alone."""
-    (photo,) = photographs(folder / "one", 1)
-    captioner = Captioner.load(saved_model(folder), machine.device)
-    pixels = captioner.transforms[0](read_image(photo))[None].to(machine.device)
+    """Return the time of one caption as a multiple of the encoder's forward pass alone."""
+    (path,) = write_jpegs(folder / "one", 1)
+    captioner = Captioner.load(save_model(folder), machine.device)
+    pixels = captioner.transforms[0](read_image(path))[None].to(machine.device)
     encoder = captioner.model.encoder
 
     @torch.inference_mode()
@@ -224,64 +229,64 @@ def latency_rows(machine: Machine, folder: Path) -> list[dict[str, Any]]:
         encoder(pixels)
 
     def one(method: str) -> Callable[[], str]:
-        return lambda: captioner.caption(photo, method=method)
+        return lambda: captioner.caption(path, method=method)
 
     print(f"  a caption of {len(one('beam')().split())} words", file=sys.stderr)
     many = Machine(machine.device, 8 * machine.repeats)
-    alone, quick, best = many.seconds(forward, one("greedy"), one("beam"))
+    alone, quick, best = many.time(forward, one("greedy"), one("beam"))
     return [
-        multiple("one caption, greedy, against the CNN alone", alone, quick, 1.25),
-        multiple("one caption, beam 5, against the CNN alone", alone, best, 1.6),
+        time_row("one caption, greedy, against the CNN alone", alone, quick, 1.25),
+        time_row("one caption, beam 5, against the CNN alone", alone, best, 1.6),
     ]
 
 
 def start_row(machine: Machine, folder: Path) -> dict[str, Any]:
-    """Return the time of `python inference.py PHOTO` against importing torch and torchvision."""
-    (photo,) = photographs(folder / "one", 1)
-    model = saved_model(folder)
+    """Return the time of `python inference.py IMAGE` compared with importing torch alone."""
+    (path,) = write_jpegs(folder / "one", 1)
+    model = save_model(folder)
 
     def run(*arguments: str) -> Callable[[], Any]:
         return lambda: subprocess.run(
             [sys.executable, *arguments], check=True, capture_output=True, cwd=ROOT
         )
 
-    base, ours = machine.seconds(
+    base, ours = machine.time(
         run("-c", "import torch, torchvision"),
-        run("inference.py", str(photo), "--checkpoint", str(model)),
+        run("inference.py", str(path), "--checkpoint", str(model)),
     )
-    return multiple("cold start, against importing torch and torchvision", base, ours, 1.6)
+    return time_row("cold start, against importing torch and torchvision", base, ours, 1.6)
 
 
-# --- scores
+# ---- scores ----------------------------------------------------------------------------------
 
 
-def tokenised(images: int) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
-    """Return references and one candidate an image, as pycocoevalcap takes them."""
+def make_captions(images: int) -> tuple[dict[int, list[str]], dict[int, list[str]]]:
+    """Return references and one candidate per image, in the form of pycocoevalcap."""
     references = dict(enumerate(captions(images)))
     candidates = {number: lines[:1] for number, lines in enumerate(captions(images, seed=1))}
     return references, candidates
 
 
 def reference_scorers() -> tuple[Any, ...]:
-    """Return pycocoevalcap's Bleu, Rouge, Cider and CiderScorer; ValueError where it is absent."""
+    """Return Bleu, Rouge, Cider and CiderScorer; UserError if pycocoevalcap is not installed."""
     try:
         from pycocoevalcap.bleu.bleu import Bleu
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.cider.cider_scorer import CiderScorer
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
-        raise ValueError(
-            f"the reference scorer is not there ({error}); pip install -r requirements-dev.txt"
+        raise UserError(
+            f"the reference scorer is not installed ({error}); pip install -r requirements-dev.txt"
         ) from error
     return Bleu, Rouge, Cider, CiderScorer
 
 
 def scoring_row(machine: Machine) -> dict[str, Any]:
-    """Return images a second of BLEU, ROUGE-L and CIDEr-D of 1,000 captions, 5 references each."""
+    """Return images per second of BLEU, ROUGE-L and CIDEr-D: 1,000 captions, 5 references each."""
     bleu, rouge, cider, _ = reference_scorers()
-    references, candidates = tokenised(1000)
-    split = [[line.split() for line in lines] for lines in references.values()]
-    given = [line.split() for (line,) in candidates.values()]
+    references, candidates = make_captions(1000)
+    reference_words = [[line.split() for line in lines] for lines in references.values()]
+    candidate_words = [line.split() for (line,) in candidates.values()]
     found: dict[str, list[float]] = {}
 
     def usual() -> None:
@@ -290,48 +295,48 @@ def scoring_row(machine: Machine) -> dict[str, Any]:
         found["usual"] = [*bleus, *map(float, others)]
 
     def ours() -> None:
-        others = (metrics.rouge_l(split, given), metrics.cider_d(split, given))
-        found["ours"] = [*metrics.bleu(split, given), *others]
+        words = reference_words, candidate_words
+        found["ours"] = [*metrics.bleu(*words), metrics.rouge_l(*words), metrics.cider_d(*words)]
 
-    slow, fast = machine.seconds(usual, ours)
+    slow, fast = machine.time(usual, ours)
     pairs = zip(found["usual"], found["ours"], strict=True)
-    agree("scores", all(abs(one - two) < 1e-6 for one, two in pairs))
-    return row("BLEU, ROUGE-L, CIDEr-D of 1,000 x 5", "images/s", 1000 / slow, 1000 / fast, 3)
+    check_equal("scores", all(abs(one - two) < 1e-6 for one, two in pairs))
+    return rate_row("BLEU, ROUGE-L, CIDEr-D of 1,000 x 5", "images/s", 1000 / slow, 1000 / fast, 3)
 
 
 class Documents(list):
-    """References of some captions; the scorer takes their number for that of all documents."""
+    """References of some captions, with the length of all documents, which the scorer reads."""
 
     def __len__(self) -> int:
         return DOCUMENTS
 
 
 def reward_row(machine: Machine) -> dict[str, Any]:
-    """Return sampled captions a second that are given their CIDEr-D, rarity counted before."""
+    """Return captions per second whose CIDEr-D is computed; document frequencies are given."""
     *_, scorer_class = reference_scorers()
     documents = [[line.split() for line in lines] for lines in captions(DOCUMENTS)]
-    references, _ = tokenised(64)
+    references, _ = make_captions(64)
     owner = [number for number in range(64) for _ in range(5)]
-    drawn = [line for lines in captions(64, seed=2) for line in lines]
+    sampled = [line for lines in captions(64, seed=2) for line in lines]
     corpus = scorer_class(n=4, sigma=6.0)
     for lines in documents:
         corpus += (None, [" ".join(line) for line in lines])
     corpus.compute_doc_freq()
-    prepared = metrics.CiderD(documents)  # of which `references` are the first 64
+    prepared = metrics.CiderD(documents)  # `references` are the first 64 of them
     found: dict[str, Any] = {}
 
     def usual() -> None:
         scorer = scorer_class(n=4, sigma=6.0)
-        for image, line in zip(owner, drawn, strict=True):
+        for image, line in zip(owner, sampled, strict=True):
             scorer += (line, references[image])
         scorer.document_frequency = corpus.document_frequency
         scorer.crefs = Documents(scorer.crefs)
         found["usual"] = scorer.compute_cider()
 
     def ours() -> None:
-        found["ours"] = prepared.scores([line.split() for line in drawn], owner)
+        found["ours"] = prepared.scores([line.split() for line in sampled], owner)
 
-    slow, fast = machine.seconds(usual, ours)
+    slow, fast = machine.time(usual, ours)
     pairs = zip(found["usual"], found["ours"], strict=True)
-    agree("rewards", all(abs(float(one) - float(two)) < 1e-6 for one, two in pairs))
-    return row("CIDEr-D reward of 320 samples", "captions/s", 320 / slow, 320 / fast, 10)
+    check_equal("rewards", all(abs(float(one) - float(two)) < 1e-6 for one, two in pairs))
+    return rate_row("CIDEr-D reward of 320 samples", "captions/s", 320 / slow, 320 / fast, 10)

@@ -1,4 +1,4 @@
-"""Data for benchmarks, made up: captions and features as numerous and as long as real ones.
+"""Synthetic data for benchmarks: captions as long as real ones, features, and JPEG files.
 
 B images · S image positions · C backbone channels · M captions in a batch · T words
 """
@@ -16,47 +16,49 @@ from losses import cross_entropy
 from vocabulary import Vocabulary
 
 WORDS = 2_900  # Flickr8k's at min count 4
-SCENES = 100  # kinds of images; each has words of its own
+SCENES = 100  # kinds of images, each with words of its own
 PER_IMAGE = 5
-MEAN_LENGTH, SPREAD = 10.8, 3.0  # words a caption, as in Flickr8k
+MEAN_LENGTH, SPREAD = 10.8, 3.0  # words per caption, as in Flickr8k
 POSITIONS, CHANNELS = 49, 2048  # ResNet-50 at 224 pixels
 
 
 def captions(
     images: int, seed: int = 0, mean_length: float = MEAN_LENGTH, words: int = WORDS
 ) -> list[list[str]]:
-    """Return five captions for each image: its scene's sentence, cut and changed here and there."""
-    scenes = [_scene(number, words) for number in range(SCENES)]
+    """Return five captions per image: the sentence of its scene, truncated, some words replaced."""
+    scenes = [make_scene(number, words) for number in range(SCENES)]
     rng = random.Random(seed)
     return [
-        [_said(scenes[image % SCENES], rng, mean_length) for _ in range(PER_IMAGE)]
+        [make_caption(scenes[image % SCENES], rng, mean_length) for _ in range(PER_IMAGE)]
         for image in range(images)
     ]
 
 
-def _scene(number: int, words: int) -> list[str]:
+def make_scene(number: int, words: int) -> list[str]:
+    """Return the sentence of a scene: half of its words are the scene's own."""
     rng = random.Random(1000 + number)
     own = [f"w{rng.randrange(100, words)}" for _ in range(12)]
-    return [rng.choice(own) if rng.random() < 0.5 else _common(rng) for _ in range(80)]
+    return [rng.choice(own) if rng.random() < 0.5 else draw_word(rng) for _ in range(80)]
 
 
-def _common(rng: random.Random) -> str:
-    return f"w{int(100 ** rng.random()) - 1}"  # few words are said often, many seldom
+def draw_word(rng: random.Random) -> str:
+    """Return one of a hundred common words, of which few are frequent and many rare."""
+    return f"w{int(100 ** rng.random()) - 1}"
 
 
-def _said(scene: list[str], rng: random.Random, mean_length: float) -> str:
+def make_caption(scene: list[str], rng: random.Random, mean_length: float) -> str:
+    """Return a caption of about `mean_length` words, seven of ten of them the scene's."""
     length = min(len(scene), max(3, round(rng.gauss(mean_length, SPREAD))))
-    said = [word if rng.random() < 0.7 else _common(rng) for word in scene[:length]]
-    return " ".join(said)
+    return " ".join(word if rng.random() < 0.7 else draw_word(rng) for word in scene[:length])
 
 
 def vocabulary(words: int = WORDS) -> Vocabulary:
-    """Return all the words there are."""
+    """Return the vocabulary of all synthetic words."""
     return Vocabulary([f"w{number}" for number in range(words)])
 
 
 def features(images: int, positions: int = POSITIONS, channels: int = CHANNELS) -> Tensor:
-    """Return float16 features (B, S, C) that tell the images' scenes."""
+    """Return float16 features (B, S, C) that depend on the scene of each image, with noise."""
     generator = torch.Generator().manual_seed(0)
     scenes = torch.rand(SCENES, 1, channels, generator=generator)
     noise = torch.rand(images, positions, channels, generator=generator)
@@ -64,19 +66,18 @@ def features(images: int, positions: int = POSITIONS, channels: int = CHANNELS) 
 
 
 def batch(images: int = 32, seed: int = 0, words: Vocabulary | None = None) -> Batch:
-    """Return a batch of images with five captions each, as the loader makes it."""
+    """Return a batch of images with five captions each, as the loader returns it."""
     words = words or vocabulary()
-    seen = features(images)
-    said = captions(images, seed)
+    inputs = features(images)
     items = [
-        (f"{number}", seen[number], [words.encode(line, 30) for line in lines])
-        for number, lines in enumerate(said)
+        (f"{number}", inputs[number], [words.encode(line, 30) for line in lines])
+        for number, lines in enumerate(captions(images, seed))
     ]
     return collate_fn(items)
 
 
 def trained_decoder(config: DecoderConfig, steps: int = 60, channels: int = CHANNELS) -> Decoder:
-    """Return a decoder that has learned to write captions of about the right length."""
+    """Return a decoder trained until its captions have about the right length."""
     words = vocabulary()
     torch.manual_seed(0)
     positions = 1 if config.decoder == "lstm" else POSITIONS
@@ -95,8 +96,8 @@ def trained_decoder(config: DecoderConfig, steps: int = 60, channels: int = CHAN
     return decoder.eval()
 
 
-def photographs(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> list[Path]:
-    """Write JPEGs of a photograph's size and detail; return their paths."""
+def write_jpegs(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> list[Path]:
+    """Write JPEGs of the size and detail of Flickr8k's images; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
     paths = []

@@ -1,9 +1,9 @@
-"""Captioning as most repositories do it, for comparison: right in its results, slow in its ways.
+"""Captioning as most repositories implement it, for comparison: correct, but slow.
 
 B images · S image positions · C backbone channels · D model width · T words · V vocabulary
 K beams · M captions in a batch
 
-Everything here has the weights of one of our decoders and gives the same losses and captions.
+Everything here uses the weights of a decoder of this project and has the same losses and captions.
 """
 
 import math
@@ -20,7 +20,7 @@ from decoder import AttentionLSTM, Transformer
 from decoding import NEVER
 from vocabulary import END, PAD, START
 
-PADDED_TO = 64  # words: many repositories pad every caption to one length
+PADDED_TO = 64  # words: many repositories pad all captions to a fixed length
 
 
 class UsualTransformer(nn.Module):
@@ -40,10 +40,11 @@ class UsualTransformer(nn.Module):
         self.word_position = nn.Parameter(torch.zeros(longest, width))
         self.embedding = nn.Embedding(len(ours.embedding.weight), width)
         self.dropout = nn.Dropout(dropout)
-        self._take_weights(ours)
+        self.copy_weights(ours)
 
     @torch.no_grad()
-    def _take_weights(self, ours: Transformer) -> None:
+    def copy_weights(self, ours: Transformer) -> None:
+        """Copy the weights of a decoder of this project."""
         self.project.load_state_dict(ours.project.state_dict())
         self.norm_image.load_state_dict(ours.norm_image.state_dict())
         self.embedding.load_state_dict(ours.embedding.state_dict())
@@ -57,14 +58,15 @@ class UsualTransformer(nn.Module):
                 strict=True,
             ):
                 norm.load_state_dict(own.state_dict())
-            heard, seen = layer.self_attn, layer.multihead_attn
-            heard.dropout = seen.dropout = 0.0  # ours has none on the attention itself
-            heard.in_proj_weight.copy_(block.qkv.weight)
-            heard.in_proj_bias.copy_(block.qkv.bias)
-            heard.out_proj.load_state_dict(block.self_out.state_dict())
-            seen.in_proj_weight.copy_(torch.cat([block.query.weight, block.key_value.weight]))
-            seen.in_proj_bias.copy_(torch.cat([block.query.bias, block.key_value.bias]))
-            seen.out_proj.load_state_dict(block.cross_out.state_dict())
+            self_attn, cross_attn = layer.self_attn, layer.multihead_attn
+            # This project has no dropout on attention weights.
+            self_attn.dropout = cross_attn.dropout = 0.0
+            self_attn.in_proj_weight.copy_(block.qkv.weight)
+            self_attn.in_proj_bias.copy_(block.qkv.bias)
+            self_attn.out_proj.load_state_dict(block.self_out.state_dict())
+            cross_attn.in_proj_weight.copy_(torch.cat([block.query.weight, block.key_value.weight]))
+            cross_attn.in_proj_bias.copy_(torch.cat([block.query.bias, block.key_value.bias]))
+            cross_attn.out_proj.load_state_dict(block.cross_out.state_dict())
             layer.linear1.load_state_dict(block.mlp[0].state_dict())
             layer.linear2.load_state_dict(block.mlp[3].state_dict())
 
@@ -73,28 +75,28 @@ class UsualTransformer(nn.Module):
         length = tokens.shape[1]
         memory = self.dropout(self.norm_image(self.project(features)) + self.image_position)
         words = self.dropout(self.embedding(tokens) + self.word_position[:length])
-        later = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
-        spoken = self.decoder(
-            words, memory, tgt_mask=later, tgt_key_padding_mask=tokens == PAD, tgt_is_causal=True
+        causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
+        output = self.decoder(
+            words, memory, tgt_mask=causal, tgt_key_padding_mask=tokens == PAD, tgt_is_causal=True
         )
-        return F.linear(spoken, self.embedding.weight)
+        return F.linear(output, self.embedding.weight)
 
     def loss(self, features: Tensor, tokens: Tensor) -> Tensor:
-        """Return the mean negative log-likelihood a word; padding is worked on, and left out."""
+        """Return the mean loss per word in nats; padding is computed, but not counted."""
         logits = self(features, tokens[:, :-1])
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), ignore_index=PAD)
 
 
-def padded(tokens: Tensor, length: int) -> Tensor:
-    """Return `tokens` (M, T) padded to `length` words and the one more that is predicted."""
+def pad(tokens: Tensor, length: int) -> Tensor:
+    """Return `tokens` (M, T) padded to (M, length + 1)."""
     return F.pad(tokens, (0, length + 1 - tokens.shape[1]), value=PAD)
 
 
-# --- decoding
+# ---- decoding --------------------------------------------------------------------------------
 
 
 def greedy(model: UsualTransformer, features: Tensor, max_words: int) -> Tensor:
-    """Return captions (B, T): at each word the whole prefix again, to the longest length."""
+    """Return captions (B, T), with the prefix computed again for each word, all to max_words."""
     tokens = torch.full((len(features), 1), START, device=features.device)
     for position in range(max_words + 1):
         logits = model(features, tokens)[:, -1]
@@ -107,17 +109,17 @@ def greedy(model: UsualTransformer, features: Tensor, max_words: int) -> Tensor:
     return tokens[:, 1:]
 
 
-def beam(
-    following: Callable[[Tensor], Tensor], beam_size: int, max_words: int, penalty: float
+def beam_search(
+    predict: Callable[[Tensor], Tensor], beam_size: int, max_words: int, penalty: float
 ) -> list[int]:
-    """Return the best caption of one image, found with lists and loops.
+    """Return the best caption of one image, with lists and loops.
 
-    `following` gives the log-probabilities (K, V) of what follows prefixes (K, T).
+    `predict` returns the log-probabilities (K, V) of the next word for prefixes (K, T).
     """
     prefixes, totals = [[START]], [0.0]
     ended: list[tuple[float, list[int]]] = []
     for position in range(max_words + 1):
-        log_probs = following(torch.tensor(prefixes)).clone()
+        log_probs = predict(torch.tensor(prefixes)).clone()
         log_probs[:, list(NEVER)] = -math.inf
         if position == 0:
             log_probs[:, END] = -math.inf
@@ -147,20 +149,20 @@ def beam(
 
 
 def transformer_beam(model: UsualTransformer, features: Tensor, **search: float) -> list[int]:
-    """Return the caption of one image's features (S, C), the whole prefix again at each word."""
+    """Return the caption of one image (S, C), with the prefix computed again for each word."""
 
-    def following(prefixes: Tensor) -> Tensor:
+    def predict(prefixes: Tensor) -> Tensor:
         repeated = features.expand(len(prefixes), -1, -1)
         return model(repeated, prefixes.to(features.device))[:, -1].log_softmax(-1).cpu()
 
-    return beam(following, **search)
+    return beam_search(predict, **search)
 
 
 def attention_beam(ours: AttentionLSTM, features: Tensor, **search: float) -> list[int]:
-    """Return the caption of one image's features (S, C), projected anew for each beam and word."""
+    """Return the caption of one image (S, C), which is projected again for each beam and word."""
     states: dict[tuple[int, ...], tuple[Tensor, ...]] = {}
 
-    def following(prefixes: Tensor) -> Tensor:
+    def predict(prefixes: Tensor) -> Tensor:
         memory = ours.encode(features.expand(len(prefixes), -1, -1))
         keys = ours.key(memory)
         parents = [tuple(prefix[:-1]) for prefix in prefixes.tolist()]
@@ -177,13 +179,15 @@ def attention_beam(ours: AttentionLSTM, features: Tensor, **search: float) -> li
             states[tuple(prefix)] = tuple(part[row, 0] for part in after)
         return ours.compute_logits(words, after[-2][:, 0], context[:, 0]).log_softmax(-1).cpu()
 
-    return beam(following, **search)
+    return beam_search(predict, **search)
 
 
-# --- features
+# ---- features --------------------------------------------------------------------------------
 
 
-class _Photographs(Dataset):
+class ImageFiles(Dataset):
+    """Image files, resized and normalised with torchvision's transforms."""
+
     def __init__(self, paths: Sequence[Path]):
         from torchvision import transforms
 
@@ -203,7 +207,7 @@ class _Photographs(Dataset):
 
 @torch.no_grad()
 def extract(cnn: nn.Module, paths: Sequence[Path], batch_size: int = 32) -> Tensor:
-    """Return features (B, S, C): torchvision's trunk as it comes, one process reading files."""
-    loader = DataLoader(_Photographs(paths), batch_size, num_workers=1)
+    """Return features (B, S, C) of torchvision's CNN as it is, with one process reading files."""
+    loader = DataLoader(ImageFiles(paths), batch_size, num_workers=1)
     maps = [cnn.eval()(images.to(next(cnn.parameters()).device)) for images in loader]
     return torch.cat(maps).flatten(2).transpose(1, 2).cpu()

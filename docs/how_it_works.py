@@ -1,4 +1,4 @@
-"""Draws docs/how_it_works.png: one picture's way through a trained model, word by word.
+"""Draw docs/how_it_works.png: how a trained model captions one image, word by word.
 
     python train.py --dataset shapes --img-size 112 --output runs/shapes-112
     python docs/how_it_works.py runs/shapes-112 docs/how_it_works.png --number 21
@@ -26,15 +26,16 @@ from decoding import DecodingConfig, decode  # noqa: E402
 from encoder import image_transform  # noqa: E402
 from model import CaptionModel  # noqa: E402
 from util import files, shapes  # noqa: E402
+from util.files import UserError  # noqa: E402
 from util.images import read_image  # noqa: E402
 from vocabulary import END, START  # noqa: E402
 
 INK, GREY, LINE, PAPER, BAR = "#1b1f24", "#5b6470", "#9aa3ad", "#ffffff", "#0072B2"
-WARM = (235, 95, 0)  # where a word looked
-WIDE, HIGH, DOTS = 16.0, 7.5, 100  # inches, and dots an inch
-CROWD = 12  # words that fit side by side
-SHARP = 384  # pixels a side of a drawing as it is shown
-LEAST = 0.01  # probabilities below it are not worth a line
+ORANGE = (235, 95, 0)  # of attention maps
+WIDTH, HEIGHT, DPI = 16.0, 7.5, 100  # inches, and dots per inch
+MAX_WORDS = 12  # that fit side by side
+SIDE = 384  # pixels per side of the image in the figure
+MIN_PROBABILITY = 0.01  # of an alternative that is shown
 
 
 @dataclass(frozen=True)
@@ -44,50 +45,52 @@ class Config:
     checkpoint: tyro.conf.Positional[Path]
     """A model file, or the folder of a run; its decoder must have attention."""
     output: tyro.conf.Positional[Path]
-    """The picture to write (.png)."""
+    """The figure to write (.png)."""
     photo: Path | None = None
-    """Show this picture (default: a drawing of the shapes' test split)."""
+    """Caption this image (default: a drawing of the shapes' test split)."""
     number: int = 0
-    """Which drawing of the test split."""
+    """Index of the drawing in the test split."""
 
 
-class Way(NamedTuple):
-    """What became of a picture: `features` (S, C), the `words` and the end, for each of them where
-    it looked (T, side, side) and the most probable words then, (word, probability)."""
+class Trace(NamedTuple):
+    """The results of the model's stages for one image.
+
+    `features` (S, C); the T `words`, with "end"; their `attention` maps (T, side, side); and for
+    each word the five most `probable` ones, with their probabilities.
+    """
 
     features: np.ndarray
     words: list[str]
-    looks: np.ndarray
-    likely: list[list[tuple[str, float]]]
+    attention: np.ndarray
+    probable: list[list[tuple[str, float]]]
 
 
 @torch.inference_mode()
-def follow(model: CaptionModel, image: Image.Image) -> Way:
-    """Return the way of a picture through the model."""
+def trace(model: CaptionModel, image: Image.Image) -> Trace:
+    """Caption an image and return the results of each stage."""
     pixels = image_transform(model.img_size, train=False)(image)[None]
     features = model.encoder(pixels)
     memory = model.encode(features)
     longest = model.config.seq_len
-    # (1, 1, T), the end token is one
-    tokens = decode(model.decoder, memory, DecodingConfig(), longest=longest).tokens
-    looks = model.attention_maps(memory, tokens)
-    if looks is None:
-        raise ValueError("this model has no attention to show")
-    read = torch.nn.functional.pad(tokens[0], (1, 0), value=START)
-    chances = model.decoder(memory, read, torch.tensor([0])).logits[0].softmax(-1)  # (T, V)
+    tokens = decode(model.decoder, memory, DecodingConfig(), longest=longest).tokens  # (1, 1, T)
+    attention = model.attention_maps(memory, tokens)
+    if attention is None:
+        raise UserError("this model has no attention maps; use a decoder with attention")
+    caption = torch.nn.functional.pad(tokens[0], (1, 0), value=START)
+    probs = model.decoder(memory, caption, torch.tensor([0])).logits[0].softmax(-1)  # (T, V)
     names = [*model.vocabulary.words]
     names[END] = "end"
-    best = chances.topk(5)
-    likely = [
-        [(names[word], chance) for word, chance in zip(*row, strict=True)]
+    best = probs.topk(5)
+    probable = [
+        [(names[word], prob) for word, prob in zip(*row, strict=True)]
         for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
     words = [*model.vocabulary.decode(tokens[0, 0]).split(), "end"]
-    return Way(features[0].numpy(), words, looks[0, 0].numpy(), likely)
+    return Trace(features[0].numpy(), words, attention[0, 0].numpy(), probable)
 
 
-def coloured(features: np.ndarray) -> np.ndarray:
-    """Return features (S, C) as colours (side, side, 3): their three main directions."""
+def to_colours(features: np.ndarray) -> np.ndarray:
+    """Return features (S, C) as colours (side, side, 3): their first three principal components."""
     centred = features - features.mean(0)
     main = centred @ np.linalg.svd(centred, full_matrices=False)[2][:3].T
     low, high = np.percentile(main, (2, 98), axis=0)
@@ -96,34 +99,34 @@ def coloured(features: np.ndarray) -> np.ndarray:
 
 
 class Page:
-    """A sheet measured in inches from its top left corner."""
+    """A figure with coordinates in inches from its top left corner."""
 
     def __init__(self) -> None:
-        self.figure = Figure(figsize=(WIDE, HIGH), dpi=DOTS, facecolor=PAPER)
-        self.sheet = self.figure.add_axes((0, 0, 1, 1), xlim=(0, WIDE), ylim=(HIGH, 0))
+        self.figure = Figure(figsize=(WIDTH, HEIGHT), dpi=DPI, facecolor=PAPER)
+        self.sheet = self.figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(HEIGHT, 0))
         self.sheet.set_axis_off()
 
-    def picture(self, x: float, y: float, size: float, image: Any, **style: Any) -> None:
-        """Show an image in a square."""
+    def image(self, x: float, y: float, size: float, image: Any, **style: Any) -> None:
+        """Draw an image in a square."""
         extent = (x, x + size, y + size, y)
         shown = self.sheet.imshow(image, extent=extent, aspect="auto", zorder=2, **style)
         shown.set_clip_path(self.frame(x, y, size, size))
 
     def frame(self, x: float, y: float, width: float, height: float, **style: Any) -> Any:
-        """Draw a rectangle's outline, or a box where `style` fills it; return it."""
+        """Draw and return a rectangle, by default only its outline."""
         style = {"facecolor": "none", "edgecolor": LINE, "linewidth": 1, "zorder": 3} | style
         shape = {"boxstyle": "round,pad=0,rounding_size=0.06"}
         return self.sheet.add_patch(FancyBboxPatch((x, y), width, height, **shape, **style))
 
     def text(self, x: float, y: float, words: str, size: float = 13, **style: Any) -> None:
-        """Write words, by default around their middle."""
+        """Draw text, by default centred at (x, y)."""
         style = {"color": INK, "ha": "center", "va": "center", "zorder": 4} | style
         self.sheet.text(x, y, words, fontsize=1.2 * size, **style)
 
     def arrow(self, start: tuple[float, float], end: tuple[float, float]) -> None:
         """Draw an arrow."""
-        look = {"arrowstyle": "-|>", "color": GREY, "lw": 2, "mutation_scale": 18}
-        self.sheet.annotate("", end, start, arrowprops=look, zorder=3)
+        style = {"arrowstyle": "-|>", "color": GREY, "lw": 2, "mutation_scale": 18}
+        self.sheet.annotate("", end, start, arrowprops=style, zorder=3)
 
     def grid(self, x: float, y: float, size: float, side: int) -> None:
         """Draw the borders of side x side positions over a square."""
@@ -134,49 +137,50 @@ class Page:
             self.sheet.plot([x, x + size], [y + at, y + at], **style)
 
 
-def draw(way: Way, image: Image.Image, model: CaptionModel) -> Figure:
-    """Return the whole picture: the four stations above, the caption word by word below."""
+def draw(result: Trace, image: Image.Image, model: CaptionModel) -> Figure:
+    """Return the figure: the model's stages in the first row, the caption word by word below."""
     page, top, size = Page(), 0.95, 2.6
-    side, channels = way.looks.shape[1], way.features.shape[1]
+    side, channels = result.attention.shape[1], result.features.shape[1]
     middle = top + size / 2
 
-    heading(page, 0.4, "1  the picture", f"{model.img_size} × {model.img_size} pixels")
-    page.picture(0.4, top, size, image)
+    draw_heading(page, 0.4, "1  the image", f"{model.img_size} × {model.img_size} pixels")
+    page.image(0.4, top, size, image)
 
     page.arrow((3.15, middle), (4.2, middle))
     page.text(3.62, middle - 0.28, "CNN")
     page.text(3.62, middle + 0.28, "encoder.py", 10, color=GREY)
 
-    heading(page, 4.35, f"2  {side} × {side} positions", f"{channels:,} numbers each, made once")
-    page.picture(4.35, top, size, coloured(way.features), interpolation="nearest")
+    below = f"{channels:,} channels each, computed once"
+    draw_heading(page, 4.35, f"2  {side} × {side} positions", below)
+    page.image(4.35, top, size, to_colours(result.features), interpolation="nearest")
     page.grid(4.35, top, size, side)
 
     page.arrow((7.1, middle), (7.75, middle))
-    stack(page, 7.9, top, size, model.config.n_decode)
+    draw_layers(page, 7.9, top, size, model.config.n_decode)
     page.arrow((11.55, middle), (12.2, middle))
 
-    shown = turning_point(way)
-    said = " ".join(way.words[:shown][-4:])
-    heading(page, 12.35, "4  the next word", f"after “{'… ' * (shown > 4)}{said}”")
-    bars(page, 12.35, top, size, way.likely[shown])
+    shown = find_least_certain(result)
+    prefix = " ".join(result.words[:shown][-4:])
+    draw_heading(page, 12.35, "4  the next word", f"after “{'… ' * (shown > 4)}{prefix}”")
+    draw_bars(page, 12.35, top, size, result.probable[shown])
 
-    word_by_word(page, way, image, top + size + 0.75)
+    draw_words(page, result, image, top + size + 0.75)
     return page.figure
 
 
-def heading(page: Page, x: float, title: str, below: str) -> None:
-    """Write what a station is."""
+def draw_heading(page: Page, x: float, title: str, below: str) -> None:
+    """Draw the title of a stage, and a line below it."""
     page.text(x, 0.36, title, 15, ha="left", weight="bold")
     page.text(x, 0.68, below, 12, ha="left", color=GREY)
 
 
-def stack(page: Page, x: float, top: float, size: float, layers: int) -> None:
-    """Draw the decoder: what happens to a word in each of its layers."""
-    heading(page, x, "3  the decoder", f"decoder.py, {layers} layers in a row")
+def draw_layers(page: Page, x: float, top: float, size: float, layers: int) -> None:
+    """Draw the parts of a decoder layer."""
+    draw_heading(page, x, "3  the decoder", f"decoder.py, {layers} layers of these")
     steps = (
-        ("looks at the words so far", "each was worked on once, and kept", "#e8f1fa"),
-        ("looks at the picture", "at some positions more than others", "#fdf0dc"),
-        ("thinks", "two linear layers", "#e9f5ee"),
+        ("self-attention", "to the words so far, which are cached", "#e8f1fa"),
+        ("attention to the image", "more to some positions than to others", "#fdf0dc"),
+        ("feed-forward", "two linear layers", "#e9f5ee"),
     )
     height = (size - 0.3) / 3
     for number, (title, below, colour) in enumerate(steps):
@@ -186,74 +190,71 @@ def stack(page: Page, x: float, top: float, size: float, layers: int) -> None:
         page.text(x + 1.75, y + height / 2 + 0.16, below, 11, color=GREY)
 
 
-def turning_point(way: Way) -> int:
-    """Return the word that was chosen from the most: the one with the least probability."""
-    return min(range(1, len(way.words)), key=lambda place: way.likely[place][0][1])
+def find_least_certain(result: Trace) -> int:
+    """Return the position at which the most probable word has the lowest probability."""
+    return min(range(1, len(result.words)), key=lambda position: result.probable[position][0][1])
 
 
-def bars(page: Page, x: float, top: float, size: float, likely: list[tuple[str, float]]) -> None:
+def draw_bars(
+    page: Page, x: float, top: float, size: float, probable: list[tuple[str, float]]
+) -> None:
     """Draw the most probable words as bars."""
-    step = size / len(likely)
-    for number, (word, chance) in enumerate(likely):
+    step = size / len(probable)
+    for number, (word, prob) in enumerate(probable):
         y = top + step * (number + 0.5)
         page.text(x + 0.95, y, word, 13, ha="right", weight="bold" if not number else "normal")
-        width = max(0.02, 1.5 * chance)
+        width = max(0.02, 1.5 * prob)
         colour = BAR if not number else LINE
         page.frame(x + 1.1, y - 0.14, width, 0.28, facecolor=colour, linewidth=0, zorder=2)
-        page.text(x + 1.2 + width, y, f"{chance:.0%}", 12, ha="left", color=GREY)
+        page.text(x + 1.2 + width, y, f"{prob:.0%}", 12, ha="left", color=GREY)
 
 
-def word_by_word(page: Page, way: Way, image: Image.Image, top: float) -> None:
-    """Draw the picture once for each word, lit where it looked, with the word and its rivals."""
-    count = min(len(way.words), CROWD)
-    pitch = (WIDE - 0.8) / count
+def draw_words(page: Page, result: Trace, image: Image.Image, top: float) -> None:
+    """Draw for each word its attention map over the image, the word and its alternatives."""
+    count = min(len(result.words), MAX_WORDS)
+    pitch = (WIDTH - 0.8) / count
     size = min(pitch - 0.12, 1.9)
     page.text(0.4, top, "5  one word after another", 15, ha="left", weight="bold")
-    page.text(4.3, top + 0.01, "each reads those before it; orange is where it looked, "
-              "grey are the runners-up", 12, ha="left", color=GREY)  # fmt: skip
-    for place in range(count):
-        x, y = 0.4 + place * pitch, top + 0.4
-        page.picture(x, y, size, warmed(image, way.looks[place], way.looks[:count].max()))
+    page.text(4.3, top + 0.01, "orange: the attention map of each word; grey: its alternatives",
+              12, ha="left", color=GREY)  # fmt: skip
+    highest = result.attention[:count].max()
+    for position, (chosen, probable) in enumerate(zip(result.words, result.probable, strict=True)):
+        if position == count:
+            break
+        x, y = 0.4 + position * pitch, top + 0.4
+        page.image(x, y, size, highlight(image, result.attention[position], highest))
         middle, below = x + size / 2, y + size
-        page.text(middle, below + 0.3, way.words[place], fitting(way.words[place]), weight="bold")
-        rivals = [
-            (word, chance)
-            for word, chance in way.likely[place]
-            if word != way.words[place] and chance >= LEAST
-        ][:2]
-        mine = dict(way.likely[place]).get(way.words[place], 0)
-        page.text(middle, below + 0.6, f"{mine:.0%}", 12, color=BAR)
-        for row, (word, chance) in enumerate(rivals):
-            page.text(middle, below + 0.88 + 0.24 * row, f"{word} {chance:.0%}", 10.5, color=GREY)
+        font_size = min(16, 120 / max(len(chosen), 1))  # no wider than the image
+        page.text(middle, below + 0.3, chosen, font_size, weight="bold")
+        page.text(middle, below + 0.6, f"{dict(probable).get(chosen, 0):.0%}", 12, color=BAR)
+        others = [(w, p) for w, p in probable if w != chosen and p >= MIN_PROBABILITY][:2]
+        for row, (word, prob) in enumerate(others):
+            page.text(middle, below + 0.88 + 0.24 * row, f"{word} {prob:.0%}", 10.5, color=GREY)
 
 
-def warmed(image: Image.Image, look: np.ndarray, most: float) -> Image.Image:
-    """Return the picture, pale, and orange where `look` (side, side) is near its largest.
+def highlight(image: Image.Image, attention: np.ndarray, highest: float) -> Image.Image:
+    """Return the image, pale, and orange where `attention` (side, side) is largest.
 
-    `most` is the largest of all words: what looks nowhere in particular stays pale.
+    `highest` is the largest value of all words: a map without a clear maximum stays pale.
     """
-    mask = Image.fromarray((230 * look / max(look.max(), most / 2)).astype(np.uint8))
+    scale = max(attention.max(), highest / 2)
+    mask = Image.fromarray((230 * attention / scale).astype(np.uint8))
     mask = mask.resize(image.size, Image.Resampling.BICUBIC)
     pale = Image.blend(Image.new("RGB", image.size, PAPER), image, 0.5)
-    return Image.composite(Image.new("RGB", image.size, WARM), pale, mask)
-
-
-def fitting(word: str) -> float:
-    """Return a font size in which the word is no wider than its picture."""
-    return min(16, 120 / max(len(word), 1))
+    return Image.composite(Image.new("RGB", image.size, ORANGE), pale, mask)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draw how a model makes a caption."""
-    config = files.parse(Config, argv, program="how_it_works.py", description="Draw a model's way.")
+    config = files.parse(Config, argv, program="how_it_works.py", description="Draw a figure.")
     files.check_writable(config.output)
     model = CaptionModel.load(config.checkpoint).eval()
     if config.photo:
         image = shown = read_image(config.photo)
     else:
         _, image, _ = shapes.example(0, "test", config.number)
-        _, shown, _ = shapes.example(0, "test", config.number, side=SHARP)
-    figure = draw(follow(model, image), shown.resize((SHARP, SHARP)), model)
+        _, shown, _ = shapes.example(0, "test", config.number, side=SIDE)
+    figure = draw(trace(model, image), shown.resize((SIDE, SIDE)), model)
     with files.replacing(config.output) as temporary:
         figure.savefig(temporary, format="png", pil_kwargs={"optimize": True})
 
