@@ -266,7 +266,7 @@ class Trainer:
         """
         self.check_finite()
         return {
-            "weights": self.trainable,
+            "weights": dict(self.trainable),
             "average": self.average,
             "optimizer": self.optimizer.state_dict(),
             "encoder": self.frozen_fingerprint(),
