@@ -395,15 +395,15 @@ def test_a_token_file_of_another_kind_says_where(content, said, tmp_path):
             "must have the columns image and caption, each once, not '<!doctype html>'",
         ),
         (b"id,label\n1,2\n", "must have the columns .* not 'id, label'"),
-        (b"image,caption\na.jpg,a dog\nb.jpg,a dog, a cat\n", "Expected 2 fields in line 3, saw 3"),
+        (b"image,caption\na.jpg,a dog\nb.jpg,a dog, a cat\n", "line 3 has 3 cells, not 2"),
         (b"image,caption\na.jpg\n", r"line 2 has 1 cells, not 2: \['a.jpg'\]"),
-        (b'image,caption\na.jpg,"a dog\nb.jpg,a cat\n', "unexpected end of data"),
+        (b'image,caption\na.jpg,"a dog\nb.jpg,a cat\n', "line 3: unexpected end of data"),
         (
             b'image,caption\na.jpg,"a dog\n' + b"b.jpg,a cat\n" * 20000,
             "field larger than field limit",
         ),
         (b"image,caption\na.jpg,a \0dog\n", "is not a text file in UTF-8 .it holds NUL"),
-        (b"", "No columns to parse"),
+        (b"", "is empty"),
     ],
 )
 def test_a_csv_of_another_kind_says_where(content, said, tmp_path):

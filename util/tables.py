@@ -1,5 +1,6 @@
 """Tables of text in CSV, TSV, JSON, JSON lines, Excel or Parquet, with the line of any fault."""
 
+import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
@@ -50,7 +51,9 @@ def read_table(
                 f"{', '.join(header)[:60]!r}"
             )
         cells = table.iloc[:, header.index(name)] if name else pd.Series("", table.index)
-        found[column] = (cells.fillna("") if column in optional else cells).tolist()
+        if column in optional:
+            cells = cells.where(cells.notna(), "")
+        found[column] = cells.tolist()
         for number, cell in zip(table.index, found[column], strict=True):
             if not isinstance(cell, str):
                 message = f"{path} line {number} has no text in the column {column}"
@@ -60,25 +63,31 @@ def read_table(
 
 def read_cells(path: Path) -> pd.DataFrame:
     """Return a CSV, TSV or Excel file, all cells as text without blanks around it."""
-    # The header is read as a row, so that pandas expects as many cells in every row.
-    options = {"header": None, "dtype": str, "keep_default_na": False}
+    rows = {}
     if path.suffix.lower() == ".xlsx":
-        table = pd.read_excel(path, **options)
+        table = pd.read_excel(path, header=None, dtype=str, keep_default_na=False)
+        rows = dict(enumerate(table.to_numpy().tolist(), 1))
     else:
         text = files.read_text(path)
         header = text.partition("\n")[0]
-        options["sep"] = "\t" if path.suffix.lower() == ".tsv" else max(",|;\t", key=header.count)
-        # The C engine would fill short rows and accept quotes that are not closed.
-        options |= {"engine": "python", "index_col": False, "skip_blank_lines": False}
-        table = pd.read_csv(io.StringIO(text), **options)
-    table.index += 1
-    table = table.map(str.strip, na_action="ignore")
-    table = table[(table.fillna("") != "").any(axis=1)]  # spreadsheets leave blank rows
-    for number, row in table[table.isna().any(axis=1)].iterrows():
-        cells = row.dropna().tolist()
-        message = f"{path} line {number} has {len(cells)} cells, not {len(row)}"
-        raise UserError(f"{message}: {str(cells)[:60]}")
-    return table.iloc[1:].set_axis(table.iloc[0], axis=1)
+        separator = "\t" if path.suffix.lower() == ".tsv" else max(",|;\t", key=header.count)
+        # pandas.read_csv would cut or fill rows of another length, and accept open quotes.
+        reader = csv.reader(io.StringIO(text), delimiter=separator, strict=True)
+        try:
+            for cells in reader:
+                rows[reader.line_num] = cells
+        except csv.Error as error:
+            raise UserError(f"{path} line {reader.line_num}: {error}") from error
+    rows = {number: [cell.strip() for cell in cells] for number, cells in rows.items()}
+    rows = {number: cells for number, cells in rows.items() if any(cells)}  # blank at the end
+    if not rows:
+        raise UserError(f"{path} is empty")
+    header, *body = rows.values()
+    for number, cells in rows.items():
+        if len(cells) != len(header):
+            message = f"{path} line {number} has {len(cells)} cells, not {len(header)}"
+            raise UserError(f"{message}: {str(cells)[:60]}")
+    return pd.DataFrame(body, index=list(rows)[1:], columns=header, dtype=object)
 
 
 def read_objects(path: Path) -> pd.DataFrame:
