@@ -1,7 +1,7 @@
 """Draw docs/how_it_works.png: how a trained model captions one image, word by word.
 
     python train.py --dataset shapes --img-size 112 --output runs/shapes-112
-    python docs/how_it_works.py runs/shapes-112 docs/how_it_works.png --number 21
+    python docs/how_it_works.py runs/shapes-112 docs/how_it_works.png --number 51
 
 B images · S image positions · C backbone channels · T words · V vocabulary
 """
@@ -150,7 +150,7 @@ def draw(result: Trace, image: Image.Image, model: CaptionModel) -> Figure:
     page.text(3.62, middle - 0.28, "CNN")
     page.text(3.62, middle + 0.28, "encoder.py", 10, color=GREY)
 
-    below = f"{channels:,} channels each, computed once"
+    below = f"of {channels:,} channels each"
     draw_heading(page, 4.35, f"2  {side} × {side} positions", below)
     page.image(4.35, top, size, to_colours(result.features), interpolation="nearest")
     page.grid(4.35, top, size, side)
@@ -178,8 +178,8 @@ def draw_layers(page: Page, x: float, top: float, size: float, layers: int) -> N
     """Draw the parts of a decoder layer."""
     draw_heading(page, x, "3  the decoder", f"decoder.py, {layers} layers of these")
     steps = (
-        ("self-attention", "to the words so far, which are cached", "#e8f1fa"),
-        ("attention to the image", "more to some positions than to others", "#fdf0dc"),
+        ("self-attention", "to the words so far (cached)", "#e8f1fa"),
+        ("attention to the image", "weights over the positions", "#fdf0dc"),
         ("feed-forward", "two linear layers", "#e9f5ee"),
     )
     height = (size - 0.3) / 3
