@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import readers
 from config import Config, configure, flatten
 from dataset import CaptionDataset, get_loader, stream_loader
 from decoding import DecodingConfig
@@ -27,7 +26,7 @@ from evaluate import print_scores, score_split
 from features import FeatureCache, cached_features
 from losses import Reward, sample_captions
 from model import CaptionModel, read_metadata
-from readers import Record, data_folder, keep_readable, load_splits
+from readers import Record, data_folder, keep_readable, list_shards, load_splits
 from trainer import Trainer
 from util import distributed, files, plots
 from util.checkpoints import load_state, run_folder, save_state, write_metrics
@@ -114,7 +113,7 @@ def load_data(config: Config) -> Records:
                 f"--views {data.views} is for a feature cache, and shards are read without one"
             )
         root = data_folder(data.dataset, data.data_dir)
-        train = readers.list_shards(root, "train", data.cache_dir)  # images are streamed
+        train = list_shards(root, "train", data.cache_dir)  # images are streamed
         splits = {"train": train} | load_splits(*where, splits=("val", "test"))
     else:
         splits = load_splits(*where, required=("train",))

@@ -49,9 +49,8 @@ class Trainer:
         self.step_number = self.epoch = 0
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
         self.reward: Reward | None = None  # what self-critical training maximises
-        self.unchecked: list[
-            tuple[str, Tensor]
-        ] = []  # recent losses, with a text that names the step
+        # Recent losses and gradient norms, each with a text that names its step.
+        self.unchecked: list[tuple[str, Tensor]] = []
         self.start_epoch()
         self.start_stage(critical=False)
 
@@ -184,9 +183,9 @@ class Trainer:
         self.batch += 1
         self.words += int(words)
         done = self.step_number - self.first_step
-        decay = (
-            done / (done + 1) if self.critical else min(self.config.ema, (1 + done) / (10 + done))
-        )
+        decay = min(self.config.ema, (1 + done) / (10 + done))
+        if self.critical:
+            decay = done / (done + 1)
         # All tensors in one call: a loop over them takes several times as long.
         names = [name for name, tensor in self.trainable.items() if tensor.is_floating_point()]
         average, weights = ([d[name] for name in names] for d in (self.average, self.trainable))
