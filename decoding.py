@@ -7,7 +7,6 @@ words (B, K) and returns log-probabilities (B, K, V) and the next state. All ima
 advance together, and those whose captions are complete leave the batch.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,15 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from masks import Limits, mask_words
 from util.files import UserError
 from util.results import Caption
 from util.seeding import derive_seed
-from vocabulary import END, PAD, START, UNK, Vocabulary
+from vocabulary import END, PAD, START, Vocabulary
 
-NEVER = (PAD, START, UNK)  # tokens that no caption contains
-# Lowest log-probability of an end token that is forced because no other word is possible: below
-# any other candidate, but finite, so that sums of it can still be compared.
-FORCED_END = -1e4
 MAX_BEAMS = 1000  # per image: their states and candidates take memory
 MAX_PENALTY = 100  # larger powers of a caption's length overflow
 
@@ -39,6 +35,11 @@ class State(NamedTuple):
 
     image: tuple[Tensor, ...]
     beam: tuple[Tensor, ...]
+
+    def size(self) -> tuple[int, torch.device]:
+        """Return the number of images B and the device."""
+        first = (*self.image, *self.beam)[0]
+        return len(first), first.device
 
     def keep_images(self, index: Tensor) -> "State":
         """Return the state of only the images in `index` (b,)."""
@@ -57,48 +58,11 @@ class State(NamedTuple):
         return State(self.image, tuple(map(select, self.beam)))
 
 
-class EnsembleState(NamedTuple):
-    """The states of several decoders that write one caption together."""
-
-    states: tuple[State, ...]
-
-    def keep_images(self, index: Tensor) -> "EnsembleState":
-        """Return the states of only the images in `index` (b,)."""
-        return EnsembleState(tuple(state.keep_images(index) for state in self.states))
-
-    def reorder(self, parents: Tensor) -> "EnsembleState":
-        """Return the states with beams reordered by `parents` (B, K)."""
-        return EnsembleState(tuple(state.reorder(parents) for state in self.states))
-
-
 class StepDecoder(Protocol):
     """What decoding needs of a model; `memory` is the model's own representation of B images."""
 
     def start(self, memory: Any) -> State: ...
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]: ...
-
-
-class Ensemble:
-    """Several decoders as one: a word's probability is the mean of those that they give it.
-
-    The decoders may be of different kinds but must have the same vocabulary. `memory` is a tuple
-    with the memory of each.
-    """
-
-    def __init__(self, decoders: Sequence[StepDecoder]):
-        self.decoders = decoders
-
-    def start(self, memory: tuple[Tensor, ...]) -> EnsembleState:
-        """Return the decoders' states before the first word."""
-        pairs = zip(self.decoders, memory, strict=True)
-        return EnsembleState(tuple(decoder.start(one) for decoder, one in pairs))
-
-    def step(self, token: Tensor, state: EnsembleState) -> tuple[Tensor, EnsembleState]:
-        """Return log-probabilities (B, K, V) after `token` (B, K), and the next states."""
-        pairs = zip(self.decoders, state.states, strict=True)
-        log_probs, states = zip(*(decoder.step(token, one) for decoder, one in pairs), strict=True)
-        mean = torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))
-        return mean, EnsembleState(states)
 
 
 class Decoded(NamedTuple):
@@ -111,23 +75,6 @@ class Decoded(NamedTuple):
 
     tokens: Tensor
     log_prob: Tensor
-
-
-class Limits(NamedTuple):
-    """Which captions are allowed: number of words (the end token is not one), repetition."""
-
-    max_words: int
-    min_words: int = 1
-    no_repeat_ngram: int = 0
-
-    def check(self) -> None:
-        """Raise UserError if a limit is out of range."""
-        if not 1 <= self.min_words <= self.max_words:
-            raise UserError(
-                f"min words {self.min_words} must be between 1 and max words, {self.max_words}"
-            )
-        if self.no_repeat_ngram < 0:
-            raise UserError(f"no-repeat n-gram {self.no_repeat_ngram} must be at least 0 (0: off)")
 
 
 @torch.no_grad()
@@ -234,7 +181,7 @@ def generate(
     """
     limits.check()
     state = decoder.start(memory)
-    images, device = count_images(state)
+    images, device = state.size()
     tokens = torch.full((images, n, limits.max_words + 1), PAD, device=device)
     log_prob = torch.full((images, n), math.nan, device=device)  # remains if the model gives NaN
     alive = torch.arange(images, device=device)  # the image of each row of the batch
@@ -307,7 +254,7 @@ def beam_search(
         return greedy(decoder, memory, **limits._asdict())
     limits.check()
     state = decoder.start(memory)
-    images, device = count_images(state)
+    images, device = state.size()
     tokens = torch.full((images, beam_size, max_words + 1), PAD, device=device)
     missing = torch.full((images, beam_size), -math.inf, device=device)
     finished = Finished(tokens, missing, missing)
@@ -363,64 +310,6 @@ def can_stop(
     # Waiting for that takes a third longer and gives no better captions (Flickr8k, K = 5, penalty
     # 0.7): K complete captions that all beat the best beam as it is now are enough.
     return beaten | (best / length**penalty <= scores[:, -1])
-
-
-def mask_words(log_probs: Tensor, words: Tensor, limits: Limits) -> Tensor:
-    """Return `log_probs` (B, K, V), minus infinity at words that `limits` do not allow next.
-
-    `words` (B, K, t) are the captions so far.
-    """
-    position, ngram = words.shape[-1], limits.no_repeat_ngram
-    only_end, no_end = position >= limits.max_words, position < limits.min_words
-    masked = log_probs.float() + build_mask(log_probs.shape[-1], only_end, no_end, log_probs.device)
-    if ngram and position >= ngram:
-        # An n-gram that begins with the last n - 1 words must not be completed again.
-        windows = words.unfold(-1, ngram, 1)  # (B, K, windows, ngram)
-        suffix = words[..., None, position - ngram + 1 :]
-        repeats = (windows[..., :-1] == suffix).all(-1)
-        ceiling = torch.full_like(repeats, math.inf, dtype=masked.dtype)
-        ceiling = ceiling.masked_fill(repeats, -math.inf)
-        masked = masked.scatter_reduce(-1, windows[..., -1], ceiling, "amin")
-    # If no word is left the caption ends, even if the model gives the end probability 0.
-    stuck = masked.amax(-1) == -math.inf
-    end = log_probs[..., END].float().clamp(min=FORCED_END)
-    masked[..., END] = torch.where(stuck, end, masked[..., END])
-    return masked
-
-
-def mask_impossible_words(logits: Tensor, max_words: int) -> Tensor:
-    """Return `logits` (M, T, V) of captions, minus infinity at words that decoding never chooses.
-
-    For self-critical training (arXiv 1612.00563), whose probabilities must be those that captions
-    were sampled with. Otherwise lowering the probability of bad samples raises that of <unk>,
-    which is never sampled and so never corrected.
-    """
-    masks = [
-        build_mask(logits.shape[-1], position >= max_words, position < 1, logits.device)
-        for position in range(logits.shape[1])
-    ]
-    return logits.float() + torch.stack(masks)
-
-
-@functools.lru_cache(maxsize=64)
-def build_mask(vocabulary: int, only_end: bool, no_end: bool, device: torch.device) -> Tensor:
-    """Return (V,) to add to log-probabilities: 0, or minus infinity at words not allowed."""
-    mask = torch.zeros(vocabulary)
-    if only_end:
-        mask[:] = -math.inf
-        mask[END] = 0
-    mask[list(NEVER)] = -math.inf
-    if no_end:
-        mask[END] = -math.inf
-    return mask.to(device)
-
-
-def count_images(state: State | EnsembleState) -> tuple[int, torch.device]:
-    """Return the number of images B in `state`, and its device."""
-    if isinstance(state, EnsembleState):
-        return count_images(state.states[0])
-    first = (*state.image, *state.beam)[0]
-    return len(first), first.device
 
 
 def trim(tokens: Tensor) -> Tensor:

@@ -130,15 +130,15 @@ class Captioner:
         pixels = sum(size**2 for _, size in self.model.encoders)
         batch_size = min(batch_size, max(1, min(MAX_PIXELS // pixels, MAX_ROWS // beams)))
         read = functools.partial(self._preprocess, return_exceptions=return_exceptions)
-        inputs = read_ahead(read, images, workers, 2 * batch_size)
-        while batch := list(islice(inputs, batch_size)):
-            readable = [views for views in batch if not isinstance(views, Exception)]
+        preprocessed = read_ahead(read, images, workers, 2 * batch_size)
+        while batch := list(islice(preprocessed, batch_size)):
+            readable = [inputs for inputs in batch if not isinstance(inputs, Exception)]
             captions = iter(())
             if readable:
                 _, decoded = self._decode(readable, n, config)
                 captions = iter(to_captions(self.model.vocabulary, decoded))
-            for views in batch:
-                yield views if isinstance(views, Exception) else next(captions)
+            for inputs in batch:
+                yield inputs if isinstance(inputs, Exception) else next(captions)
 
     def explain(self, image: Any, *, n: int = 1, **decoding: Any) -> list[Explained]:
         """Return the `n` best captions of an image with an attention map for each word."""
@@ -168,10 +168,10 @@ class Captioner:
     ) -> tuple[Any, Decoded]:
         """Return the memory of a batch of preprocessed images, and their captions as tokens."""
         device = next(self.model.parameters()).device
-        views = [torch.stack(view) for view in zip(*batch, strict=True)]
+        inputs = [torch.stack(pixels) for pixels in zip(*batch, strict=True)]
         # An image is sampled by its pixels, so that it has the same captions alone and in a batch.
-        seeds = [zlib.crc32(pixels.contiguous().numpy()) for pixels in views[0]]
-        memory = self.model.encode(*(pixels.to(device) for pixels in views))
+        seeds = [zlib.crc32(pixels.contiguous().numpy()) for pixels in inputs[0]]
+        memory = self.model.encode(*(pixels.to(device) for pixels in inputs))
         longest = self.model.config.seq_len
         return memory, decode(self.model.decoder, memory, config, longest=longest, n=n, seeds=seeds)
 

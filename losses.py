@@ -12,7 +12,8 @@ from torch import Tensor
 
 import metrics
 from dataset import Batch
-from decoding import mask_impossible_words, sample
+from decoding import sample
+from masks import mask_impossible_words
 from readers import Record
 from util.layers import to_device
 from util.tokenizer import tokenize

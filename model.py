@@ -9,14 +9,14 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from decoder import DecoderConfig, DecoderOutput, build_decoder
-from decoding import Ensemble
+from decoding import State, StepDecoder
 from encoder import (
     CAPTIONER_PREFIX,
     TRANSFORM,
@@ -172,6 +172,47 @@ def to_half(tensor: Tensor) -> Tensor:
         return tensor
     half = tensor.half()
     return half if half.isfinite().all() else tensor
+
+
+class EnsembleState(NamedTuple):
+    """The states of several decoders that write one caption together."""
+
+    states: tuple[State, ...]
+
+    def size(self) -> tuple[int, torch.device]:
+        """Return the number of images B and the device."""
+        return self.states[0].size()
+
+    def keep_images(self, index: Tensor) -> "EnsembleState":
+        """Return the states of only the images in `index` (b,)."""
+        return EnsembleState(tuple(state.keep_images(index) for state in self.states))
+
+    def reorder(self, parents: Tensor) -> "EnsembleState":
+        """Return the states with beams reordered by `parents` (B, K)."""
+        return EnsembleState(tuple(state.reorder(parents) for state in self.states))
+
+
+class Ensemble:
+    """Several decoders as one: a word's probability is the mean of those that they give it.
+
+    The decoders may be of different kinds but must have the same vocabulary. `memory` is a tuple
+    with the memory of each.
+    """
+
+    def __init__(self, decoders: Sequence[StepDecoder]):
+        self.decoders = decoders
+
+    def start(self, memory: tuple[Tensor, ...]) -> EnsembleState:
+        """Return the decoders' states before the first word."""
+        pairs = zip(self.decoders, memory, strict=True)
+        return EnsembleState(tuple(decoder.start(one) for decoder, one in pairs))
+
+    def step(self, token: Tensor, state: EnsembleState) -> tuple[Tensor, EnsembleState]:
+        """Return log-probabilities (B, K, V) after `token` (B, K), and the next states."""
+        pairs = zip(self.decoders, state.states, strict=True)
+        log_probs, states = zip(*(decoder.step(token, one) for decoder, one in pairs), strict=True)
+        mean = torch.stack(log_probs).logsumexp(0) - math.log(len(log_probs))
+        return mean, EnsembleState(states)
 
 
 class ModelEnsemble(nn.Module):

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from decoding import NEVER, State
+from decoding import State
 from encoder import MEAN, STD, TRANSFORM, fingerprint, fold_batch_norm
+from masks import NEVER
 from model import CaptionModel
 from util import files
 from util.files import UserError

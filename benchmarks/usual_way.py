@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from decoder import AttentionLSTM, Transformer
-from decoding import NEVER
+from masks import NEVER
 from vocabulary import END, PAD, START
 
 PADDED_TO = 64  # words: many repositories pad all captions to a fixed length

@@ -25,9 +25,9 @@ from decoding import (
     draw_words,
     filter_words,
     greedy,
-    mask_impossible_words,
     sample,
 )
+from masks import mask_impossible_words
 from util.files import UserError
 from vocabulary import END, PAD, START, UNK, Vocabulary
 

@@ -15,9 +15,10 @@ import train
 from config import TrainConfig, configure
 from dataset import Batch
 from decoder import DecoderConfig
-from decoding import NEVER, sample
+from decoding import sample
 from encoder import Encoder
 from losses import Reward, leave_one_out
+from masks import NEVER
 from model import CaptionModel, read_metadata
 from readers import Record
 from trainer import Trainer

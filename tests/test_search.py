@@ -24,7 +24,8 @@ from helpers.toy import (
 )
 
 import decoding
-from decoding import Decoded, Ensemble, State, beam_search, greedy, sample
+from decoding import Decoded, State, beam_search, greedy, sample
+from model import Ensemble
 from vocabulary import END, PAD, START, UNK
 
 PENALTIES = (0.0, 0.7, 1.0)
