@@ -1,12 +1,9 @@
 """What all tests share: one thread of torch, and shapes trained once for the whole run."""
 
-import contextlib
-import io
 import os
 import signal
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import settings
@@ -21,18 +18,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("short", max_examples=40, deadline=None, derandomize=True, database=None)
 settings.register_profile("long", max_examples=4000, deadline=None, database=None)
 settings.load_profile("short")
-
-
-@pytest.fixture(scope="session")
-def shapes_run(tmp_path_factory) -> SimpleNamespace:
-    """Train shapes with the README's own settings; `folder`, `data` and what was `said`."""
-    import train
-
-    base = tmp_path_factory.mktemp("shapes")
-    folder, data, said = base / "run", base / "data", io.StringIO()
-    with contextlib.redirect_stdout(said):
-        train.main(["--dataset", "shapes", "--data-dir", str(data), "--output", str(folder)])
-    return SimpleNamespace(folder=Path(folder), data=Path(data), said=said.getvalue())
 
 
 @pytest.fixture(scope="session")

@@ -221,7 +221,7 @@ def test_both_stages_are_in_one_table(whole):
     assert float(table[2]["lr"]) <= 1e-3
 
 
-@pytest.mark.parametrize("step", [14, 20])
+@pytest.mark.parametrize("step", [14, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_run_killed_in_the_second_stage_resumes_to_the_same_weights(
     step,
     drawn,

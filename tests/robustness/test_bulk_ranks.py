@@ -110,6 +110,7 @@ def workers_of(process: int) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds processes as Linux does")
 def test_a_job_killed_in_the_middle_is_continued_by_one_process(run, script, asked, tmp_path):
     folder = tmp_path / "photos"

@@ -106,6 +106,7 @@ def test_two_processes_train_from_shards_as_one(drawn, frozen, tmp_path):
     assert len(losses(tmp_path / "uneven")) == 3
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(alone, frozen, tmp_path):
     folder = tmp_path / "run"
     run = torchrun(AT_STEP_EIGHT, tmp_path / "marker", "SIGTERM", *frozen, "--output", folder)
@@ -115,6 +116,7 @@ def test_two_processes_stop_together_and_one_goes_on(alone, frozen, tmp_path):
     assert_nearly_same(folder, alone)
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_and_the_run_goes_on(alone, frozen, tmp_path):
     folder, flags = tmp_path / "run", ["--max-restarts", "1", *SLOW_TO_LOOK]
     said = [tmp_path / "marker", "SIGKILL", *frozen, "--output", folder]
@@ -130,6 +132,7 @@ def test_a_restart_needs_a_folder_to_be_found(monkeypatch, drawn):
         train.main([*EXACT, "--data-dir", str(drawn)])
 
 
+@pytest.mark.slow
 def test_two_processes_draw_captions_of_their_own_and_share_the_reward(drawn, tmp_path):
     folder = tmp_path / "run"
     flags = ["--scst-epochs", "1", "--data-dir", drawn, "--output", folder]
