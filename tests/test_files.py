@@ -243,6 +243,52 @@ def test_checking_makes_nothing_and_asks_nothing_of_what_is_not_wanted(tmp_path,
     assert names(tmp_path) == []
 
 
+def same(path, tmp_path):
+    """Return further names of a file."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "linked").symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "symlink.json").symlink_to(path)
+    os.link(path, tmp_path / "hard.json")
+    return [path, tmp_path / "folder" / ".." / path.name, tmp_path / "linked" / path.name,
+            tmp_path / "symlink.json", tmp_path / "hard.json"]  # fmt: skip
+
+
+@POSIX
+def test_an_output_that_is_an_input_is_refused_by_any_name(tmp_path, monkeypatch):
+    path = tmp_path / "own.json"
+    path.write_text("mine")
+    monkeypatch.chdir(tmp_path)
+    for output in [*same(path, tmp_path), "own.json", "./own.json"]:
+        with pytest.raises(files.UserError, match=r"can't be written: this command uses the same"):
+            files.check_output(output, (".json",), [None, "other", path])
+        with pytest.raises(files.UserError, match=r"own\.json"):
+            files.check_output(path, (".json",), ["other", output])
+    files.check_output(tmp_path / "new.json", (".json",), [path, "other"])
+    assert path.read_text() == "mine"
+
+
+@POSIX
+def test_two_outputs_are_two_files_before_they_exist(tmp_path):
+    (tmp_path / "linked").symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(files.UserError, match="name another file"):
+        files.check_output(tmp_path / "a.json", (), [tmp_path / "linked" / "a.json"])
+
+
+def test_an_output_has_the_suffix_of_its_form(tmp_path):
+    for name in ("a.json", "a.JSON", "a", ".hidden", "a.b.json"):
+        files.check_output(tmp_path / name, (".json", ""))
+    files.check_output(tmp_path / "a.jpg")
+    files.check_output(os.devnull, (".json",))
+    files.check_output(None, (".json",), [None])
+    for name in ("a.jpg", "a.json.jpg", "a.jsonl"):
+        with pytest.raises(files.UserError, match=rf"{name} is .* must end in \.json$"):
+            files.check_output(tmp_path / name, (".json", ""))
+    with pytest.raises(files.UserError, match=r"must end in \.png or \.jpg"):
+        files.check_output(tmp_path / "a", (".png", ".jpg"))
+    with pytest.raises(OSError, match="cannot write"):
+        files.check_output(tmp_path, (".json",))
+
+
 # --- reading
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,42 @@ def check_writable(*paths: str | Path | None) -> None:
     for path in filter(None, paths):
         if number := find_obstacle(Path(path).absolute()):
             raise write_error(number, path)
+
+
+def check_output(
+    path: str | Path | None,
+    suffixes: Collection[str] = (),
+    inputs: Iterable[str | Path | None] = (),
+) -> None:
+    """Raise UserError or OSError if `path` can't be written, or is the wrong file to write.
+
+    That is a file with another suffix than `suffixes`, in lower case ("": a name without one; none
+    at all: any name will do), or one of `inputs`, under this name or another: another spelling, a
+    link of either kind. Inputs may also be other outputs, which need not exist. Devices and pipes
+    are always right, and None stands for what was not requested. Nothing is created.
+    """
+    check_writable(path)
+    if path is None or is_special(Path(path)):
+        return
+    if suffixes and Path(path).suffix.lower() not in suffixes:
+        endings = " or ".join(filter(None, suffixes))
+        raise UserError(f"{path} is to be written, so its name must end in {endings}")
+    own = identify(path)
+    for other in inputs:
+        if other is not None and identify(other) == own:
+            raise UserError(
+                f"{path} can't be written: this command uses the same file as {other}; name "
+                "another file"
+            )
+
+
+def identify(path: str | Path) -> tuple[int, int] | str:
+    """Return what two names of one file have in common: its device and inode, or a real path."""
+    try:
+        status = os.stat(path)
+        return status.st_dev, status.st_ino
+    except OSError:  # it does not exist
+        return os.path.normcase(os.path.realpath(path))
 
 
 def find_obstacle(path: Path) -> int:
