@@ -9,6 +9,7 @@ per caption and these columns; everything else is done here, once for all datase
 - `split`: a key of `SPLIT_NAMES`.
 """
 
+import errno
 import hashlib
 import itertools
 import logging
@@ -26,7 +27,7 @@ import shards
 from shards import SPLITS
 from util import files, shapes, tables, tars
 from util.files import UserError
-from util.images import UNREADABLE, read_image, report_left_out
+from util.images import HIDDEN, UNREADABLE, leads_to_folder, log_unread, read_image, report_left_out
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +220,7 @@ def read_table(path: Path) -> pd.DataFrame:
 def scan_folders(root: Path) -> dict[Path, set[str]]:
     """Return the names of the files in `root` and the folders in it, two levels deep.
 
-    Hidden folders, those of Macs and those that may not be read are left out.
+    Hidden folders and those of Macs are left out, and those that can't be read, which are logged.
     """
     if not root.is_dir():
         raise FileNotFoundError(
@@ -231,14 +232,21 @@ def scan_folders(root: Path) -> dict[Path, set[str]]:
     for _ in range(3):
         below = []
         for folder in level:
-            with os.scandir(folder) as entries:
-                found[folder] = set()
-                for entry in entries:
-                    if not entry.is_dir():
-                        found[folder].add(entry.name)
-                    elif not entry.name.startswith((".", "__MACOSX")):
-                        below.append(folder / entry.name)
-        level = [folder for folder in sorted(below) if os.access(folder, os.R_OK | os.X_OK)]
+            try:
+                if not os.access(folder, os.R_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+                with os.scandir(folder) as entries:
+                    found[folder] = set()
+                    for entry in entries:
+                        if not leads_to_folder(entry):
+                            found[folder].add(entry.name)
+                        elif not entry.name.startswith(HIDDEN):
+                            below.append(folder / entry.name)
+            except OSError as error:
+                if folder == root:
+                    raise
+                log_unread(error)
+        level = sorted(below)
     return found
 
 

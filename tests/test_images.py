@@ -83,19 +83,29 @@ def test_a_name_that_no_file_can_have_is_one_error():
         read_image("a\0b.jpg")
 
 
-def test_links_are_followed_out_of_the_folder_to_files_and_never_to_folders(photo, tmp_path):
+def test_links_are_followed_out_of_the_folder_once_and_never_in_a_circle(photo, tmp_path):
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
-    outside.mkdir()
+    (outside / "deep").mkdir(parents=True)
     photo.save(outside / "photo.png")
+    photo.save(outside / "deep" / "photo.png")
     try:
         (inside / "link.png").symlink_to(outside / "photo.png")
         (inside / "gone.png").symlink_to(outside / "gone.png")
         (inside / "folder").symlink_to(outside)
+        (inside / "second").symlink_to(outside / "deep")  # listed below the first
         (inside / "loop").symlink_to(inside)
+        (inside / "above").symlink_to(tmp_path)
+        (inside / "self").symlink_to(inside / "self")
+        (outside / "back").symlink_to(inside)
+        (outside / "deep" / "up").symlink_to(outside)
     except OSError:
         pytest.skip("links are not allowed here")
-    assert list_images(inside) == [inside / "gone.png", inside / "link.png"]
+    assert list_images(inside) == [
+        inside / name for name in ("folder/deep/photo.png", "folder/photo.png", "gone.png",
+                                   "link.png")
+    ]  # fmt: skip
+    assert list_images(inside, recursive=False) == [inside / "gone.png", inside / "link.png"]
     assert np.array_equal(pixels(inside / "link.png"), np.asarray(photo))
     with pytest.raises(FileNotFoundError, match="gone"):
         read_image(inside / "gone.png")
@@ -318,6 +328,55 @@ def test_the_images_below_a_folder_are_listed_in_order(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     assert list_images(tmp_path) == sorted(tmp_path / name for name in wanted)
     assert list_images(str(tmp_path / "sub" / "deeper")) == [tmp_path / "sub/deeper/d.WebP"]
+
+
+def test_a_link_to_a_folder_that_is_listed_anyway_adds_nothing(tmp_path, monkeypatch):
+    for name in ("z/a.jpg", ".store/b.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    try:
+        (tmp_path / "a").symlink_to("z")  # relative, and earlier in the order
+        (tmp_path / "z" / "again").symlink_to(tmp_path / "z")
+        (tmp_path / "shown").symlink_to(".store")  # would be hidden otherwise
+    except OSError:
+        pytest.skip("links are not allowed here")
+    names = ["shown/b.jpg", "z/a.jpg"]
+    assert list_images(tmp_path) == [tmp_path / name for name in names]
+    monkeypatch.chdir(tmp_path)
+    assert list_images(".") == [Path(name) for name in names]
+    (tmp_path.parent / "linked-root").symlink_to(tmp_path)
+    root = tmp_path.parent / "linked-root"
+    assert list_images(root) == [root / name for name in names]
+
+
+def test_a_folder_that_cannot_be_read_is_logged_and_the_rest_is_listed(
+    tmp_path, monkeypatch, caplog
+):
+    for name in ("a/x.jpg", "b/x.jpg", "c/x.jpg"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    scan = os.scandir
+
+    def guarded(path):
+        if os.path.basename(path) == "b":
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert list_images(tmp_path) == [tmp_path / "a/x.jpg", tmp_path / "c/x.jpg"]
+    assert f"the folder {tmp_path / 'b'} can't be read (Permission denied)" in caplog.text
+    with pytest.raises(PermissionError):
+        list_images(tmp_path / "b")
+    errors = []
+    assert list(images.walk_images(tmp_path / "b", on_error=errors.append)) == []
+    assert [error.filename for error in errors] == [str(tmp_path / "b")]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").touch()
+    assert list_images(tmp_path) == [tmp_path / "b.jpg"]
 
 
 def test_a_hidden_folder_may_be_asked_for_by_name(tmp_path):

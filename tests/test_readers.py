@@ -121,7 +121,7 @@ def test_hidden_folders_are_not_looked_into(tmp_path):
         load_split("flickr8k", tmp_path, "train")
 
 
-def test_folders_that_may_not_be_read_are_passed_over(tmp_path, monkeypatch):
+def test_folders_that_may_not_be_read_are_passed_over_and_named(tmp_path, monkeypatch, caplog):
     official(tmp_path)
     (tmp_path / "lost+found").mkdir()
     listed, access = [], os.access
@@ -131,6 +131,16 @@ def test_folders_that_may_not_be_read_are_passed_over(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", lambda path: listed.append(str(path)) or scandir(path))
     assert len(load_split("flickr8k", tmp_path, "train")) == 14
     assert listed and not any("lost" in path for path in listed)
+    assert "lost+found can't be read (Permission denied)" in caplog.text
+
+
+def test_a_link_to_itself_is_passed_over(tmp_path):
+    official(tmp_path)
+    try:
+        (tmp_path / "self").symlink_to(tmp_path / "self")
+    except OSError:
+        pytest.skip("links are not allowed here")
+    assert len(load_split("flickr8k", tmp_path, "train")) == 14
 
 
 # --- splits

@@ -23,6 +23,7 @@ EXTENSIONS = frozenset({
     ".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
     ".heic", ".heif", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
 })  # fmt: skip
+HIDDEN = (".", "__MACOSX")  # what the names of hidden entries begin with
 MAX_PIXELS = 89_478_485  # above it Pillow warns of a decompression bomb
 # The brands of HEIC files; AVIF, of the same family, is read by Pillow itself.
 HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
@@ -137,39 +138,89 @@ def drop_traceback(error: Exception) -> Exception:
 def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
     """Return the image files below `folder`, or only directly in it, sorted.
 
-    Hidden files and `__MACOSX` are left out. Raises OSError with the name of a folder that is
-    missing or may not be read.
+    Hidden files and `__MACOSX` are left out. A folder that is linked to is listed once, under the
+    link's name if it is not below `folder` anyway; links that would lead in a circle are not
+    followed. Raises OSError if `folder` may not be read; folders below it are logged instead.
     """
     return [Path(name) for name in walk_images(folder, recursive)]
 
 
-def walk_images(folder: str | Path, recursive: bool = True) -> Iterator[str]:
-    """Yield the paths of `list_images` as text: a million of them take 0.1 GB."""
-    waiting = [(str(Path(folder)), True)]
+def walk_images(
+    folder: str | Path, recursive: bool = True, on_error: Callable[[OSError], None] | None = None
+) -> Iterator[str]:
+    """Yield the paths of `list_images` as text: a million of them take 0.1 GB.
+
+    `on_error` is called with the error of each folder that can't be read, `folder` included.
+    """
+    root = str(Path(folder))
+    visited: set[str] = set()  # real paths of the folders that only links lead to
+    waiting = [(root, True, False)]
     while waiting:
-        path, is_folder = waiting.pop()
+        path, is_folder, is_linked = waiting.pop()
         if not is_folder:
             yield path
             continue
-        with os.scandir(path) as entries:
-            found = sorted(
-                filter(may_hold_images, entries),
-                key=lambda entry: os.path.normcase(entry.name),  # as the system compares names
-                reverse=True,
-            )
+        if is_linked and not is_new(path, root, visited):
+            continue
+        try:
+            with os.scandir(path) as entries:
+                found = sorted(
+                    filter(may_hold_images, entries),
+                    key=lambda entry: os.path.normcase(entry.name),  # as the system compares names
+                    reverse=True,
+                )
+        except OSError as error:
+            error.filename = path
+            if on_error is None and path == root:
+                raise
+            (on_error or log_unread)(error)
+            continue
         base = "" if path == os.curdir else os.path.join(path, "")
         for entry in found:
-            is_folder = entry.is_dir()
-            if not is_folder or (recursive and not entry.is_symlink()):
-                waiting.append((base + entry.name, is_folder))
+            is_folder = leads_to_folder(entry)
+            if recursive or not is_folder:
+                linked_too = is_folder and (is_linked or entry.is_symlink())
+                waiting.append((base + entry.name, is_folder, linked_too))
+
+
+def log_unread(error: OSError) -> None:
+    """Log that a folder can't be read."""
+    log.warning("left out: the folder %s can't be read (%s)", error.filename, error.strerror)
+
+
+def leads_to_folder(entry: os.DirEntry) -> bool:
+    """Return whether an entry is a folder or a link to one; a link that leads nowhere is not."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or to where one may not look
+        return False
 
 
 def may_hold_images(entry: os.DirEntry) -> bool:
     """Return whether an entry is an image file, or a folder that may contain some."""
-    if entry.is_dir():
-        return not entry.name.startswith((".", "__MACOSX"))
+    if leads_to_folder(entry):
+        return not entry.name.startswith(HIDDEN)
     suffix = os.path.splitext(entry.name)[1].lower()
-    return suffix in EXTENSIONS and not entry.name.startswith(".")
+    if suffix not in EXTENSIONS or entry.name.startswith("."):
+        return False
+    return entry.is_symlink() or entry.is_file()  # a pipe would be waited for
+
+
+def is_new(path: str, root: str, visited: set[str]) -> bool:
+    """Return whether a folder that a link leads to is to be walked; if so, add it to `visited`.
+
+    It is not if the walk of `root` comes to it without a link, or contains it already, or if it
+    contains the link.
+    """
+    target, parent, top = map(os.path.realpath, (path, os.path.dirname(path), root))
+    ends = [os.path.join(each, "") for each in (target, parent, top)]
+    below = ends[0].removeprefix(ends[2]).split(os.sep)
+    is_walked = ends[0].startswith(ends[2]) and not any(each.startswith(HIDDEN) for each in below)
+    is_loop = ends[1].startswith(ends[0])
+    if is_walked or is_loop or target in visited:
+        return False
+    visited.add(target)
+    return True
 
 
 # --- decoding
