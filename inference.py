@@ -7,12 +7,14 @@ import contextlib
 import datetime
 import functools
 import sys
+import threading
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +28,13 @@ from util import distributed, files, results
 from util.distributed import pick_device
 from util.files import UserError
 from util.images import drop_traceback, read_ahead, read_image
+from util.jobs import Job, OutputConfig, Tally, plan_job, write_entries, write_files
 from util.results import Caption, Result
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
 # Limits on the memory of a batch, whatever its size: beams of all its images, and input pixels.
 MAX_ROWS, MAX_PIXELS = 4096, 2**23
+MAX_LOADED = 4  # models that `caption` keeps in memory
 # How long a process that has finished its share of the images waits for the others.
 MAX_WAIT = datetime.timedelta(days=7)
 
@@ -190,8 +194,9 @@ def caption(
 
     With `n` > 1 it is the list of the n best; for a list of images, a list of those. `checkpoint`
     is a model file or the folder of a run (default: the shipped model), or a list of them that
-    decode together; `decoding` are further fields of `DecodingConfig`. The model stays loaded
-    between calls, until its file changes.
+    decode together; `decoding` are further fields of `DecodingConfig`. The models of the last
+    `MAX_LOADED` checkpoints stay loaded between calls, until their files change. Threads may call
+    this at the same time.
     """
     paths = None
     if checkpoint is not None:
@@ -209,10 +214,24 @@ def caption(
     return captions if isinstance(image, (list, tuple)) else captions[0]
 
 
-@functools.lru_cache(maxsize=2)
+LOADED: OrderedDict[tuple, tuple[tuple, Captioner]] = OrderedDict()  # the last used comes last
+LOADING = threading.Lock()
+
+
 def load_cached(paths: tuple[Path, ...] | None, version: tuple, device: str) -> Captioner:
-    """Return the captioner of `paths`; another `version` of the files is another entry."""
-    return Captioner.load(paths, device)
+    """Return the captioner of `paths`, loaded once per `version` of the files, by one thread.
+
+    The `MAX_LOADED` that were used last stay in memory.
+    """
+    key = (paths, device)
+    with LOADING:
+        if LOADED.get(key, (None,))[0] != version:
+            LOADED.pop(key, None)  # not two versions in memory
+            LOADED[key] = version, Captioner.load(paths, device)
+        LOADED.move_to_end(key)
+        while len(LOADED) > MAX_LOADED:
+            LOADED.popitem(last=False)
+        return LOADED[key][1]
 
 
 # --- the script
@@ -234,20 +253,7 @@ class Config:
     """Number of captions per image."""
     recursive: bool = True
     """Take the images in subfolders too."""
-    output: Path | None = None
-    """Write the captions to this file (.csv, .jsonl, .html), with their scores (the mean
-    log-probability per word) and errors; an existing file is continued. Required when torchrun
-    starts several processes, which share the images."""
-    format: Literal[results.FORMATS] | None = None
-    """Format of --output (default: by its name), or of what is printed (default: plain lines)."""
-    write_sidecar: bool = False
-    """Also write the caption of photo.jpg to photo.txt beside it."""
-    annotate: Path | None = None
-    """Also write a copy of each image with its caption below it into this folder."""
-    attention: Path | None = None
-    """Also write a page (.png) with the attention map of each word, for a single image."""
-    json: Path | None = None
-    """Also write the captions to this JSON file, without the images that have none."""
+    outputs: OutputConfig = field(default_factory=OutputConfig)
     batch_size: int = 16
     """Images per batch."""
     workers: int = 2
@@ -264,19 +270,51 @@ def main(argv: list[str] | None = None) -> None:
     about = {"program": "inference.py", "description": "Caption images."}
     with distributed.join(MAX_WAIT):
         config = distributed.on_main(lambda: files.parse(flags, argv, **about))
-        job = distributed.on_main(lambda: plan_job(config))
+        job = distributed.on_main(lambda: plan(config))
+        outputs = config.outputs
         checkpoints = list_checkpoints(config.checkpoint, config.ensemble)
         captioner = Captioner.load(checkpoints, config.device, **asdict(config.decoding))
-        failed, error = caption_share(captioner, job, config)
-        (failed,) = distributed.all_reduce_sum([failed])  # from here on all parts are written
-        if config.output and distributed.is_main():
-            results.merge_parts(config.output, job.format, config.n, job.images)
-        if config.attention and not failed:
-            write_attention(captioner, config.images[0], config.attention)
-        if failed and len(job.remaining) == 1 and not job.format:
-            raise error
-        if failed and distributed.is_main():
-            raise UserError(f"{failed:.0f} of {len(job.remaining)} images could not be captioned")
+        if outputs.output and distributed.is_main():
+            results.write_settings(outputs.output, job.settings)
+        tally = caption_share(captioner, job, config)
+        failed, kept = map(int, distributed.all_reduce_sum([tally.failed, tally.kept]))
+        # From here on all parts are written.
+        if outputs.output and distributed.is_main():
+            results.merge_parts(outputs.output, job.format, config.n, job.images)
+        if outputs.attention and not failed:
+            write_attention(captioner, config.images[0], outputs.attention)
+        total = len(job.remaining) + len(job.captioned)
+        if failed and total == 1 and not job.format and not job.left_out:
+            raise tally.error
+        if distributed.is_main():
+            report(failed, kept, total, job.left_out, outputs.overwrite)
+
+
+def report(failed: int, kept: int, total: int, left_out: int, overwrite: bool) -> None:
+    """Print how many text files were kept; raise UserError if images or folders were left out."""
+    if kept:
+        why = "are write-protected" if overwrite else "exist; --overwrite replaces them"
+        print(f"kept {kept} text files that {why}", file=sys.stderr)
+    messages = []
+    if failed:
+        messages.append(f"{failed} of {total} images could not be captioned")
+    if left_out:
+        messages.append(f"{left_out} folders were left out")
+    if messages:
+        raise UserError("; ".join(messages))
+
+
+def plan(config: Config) -> Job:
+    """Return what there is to do; raises UserError or OSError if it is not possible."""
+    checkpoints = list_checkpoints(config.checkpoint, config.ensemble) or (SHIPPED,)
+    models = [checkpoint_file(path) for path in checkpoints if path != SHIPPED or path.exists()]
+    settings = {"checkpoint": ", ".join(map(str, models)), "n": config.n}
+    if config.outputs.output:  # a run goes on and a file is moved: only content tells the model
+        settings["model"] = [files.digest(path) for path in models]
+    settings |= asdict(config.decoding)
+    inputs = [*models, *(path / "config.json" for path in checkpoints)]
+    recursive = config.recursive
+    return plan_job(config.images, config.outputs, settings, recursive=recursive, inputs=inputs)
 
 
 def list_checkpoints(checkpoint: Path | None, ensemble: Sequence[Path]) -> tuple[Path, ...] | None:
@@ -284,94 +322,43 @@ def list_checkpoints(checkpoint: Path | None, ensemble: Sequence[Path]) -> tuple
     return (*filter(None, [checkpoint]), *ensemble) or None
 
 
-class Job(NamedTuple):
-    """What all processes together have to do."""
-
-    images: list[str]
-    remaining: list[str]  # the images that have no row in --output yet
-    copies: dict[str, str]  # image -> path of its annotated copy
-    format: str | None  # one of `results.FORMATS`; None: plain lines
-
-
-def plan_job(config: Config) -> Job:
-    """Return what there is to do; raises UserError or OSError if it is not possible."""
-    if distributed.world_size() > 1:
-        if config.output is None or files.is_special(config.output):
-            raise UserError("several processes need a file to write captions to; give --output")
-        for name in ("json", "attention"):
-            if getattr(config, name):
-                raise UserError(f"--{name} is written by one process; start it without torchrun")
-    files.check_writable(config.json, config.output, config.attention)
-    images = results.find_images(config.images, config.annotate, recursive=config.recursive)
-    if config.attention and len(images) != 1:
-        raise UserError(f"--attention is of a single image, but {len(images)} were given")
-    copies = {}
-    if config.annotate:
-        copies = results.plan_annotated(config.annotate, config.images, images)
-    if config.write_sidecar:
-        results.check_sidecars(images)
-    format, remaining = None, images
-    if config.output or config.format:
-        format = results.pick_format(config.output, config.format)
-    if config.output:
-        images = list(dict.fromkeys(images))  # one row per image, however often it is named
-        known = results.merge_parts(config.output, format, config.n, images)
-        remaining = [image for image in images if image not in known]
-    return Job(images, remaining, copies, format)
-
-
-def caption_share(captioner: Captioner, job: Job, config: Config) -> tuple[int, Exception | None]:
+def caption_share(captioner: Captioner, job: Job, config: Config) -> Tally:
     """Caption this process's share of the images and write everything that was requested.
 
-    Returns how many of them failed, and the first one's error. Only errors of reading and writing
-    an image are caught: settings that are wrong for one image are wrong for all.
+    Only errors of reading and writing an image are caught: settings that are wrong for one image
+    are wrong for all.
     """
-    images = distributed.split_by_rank(job.remaining)
-    written, failed, first_error = [], 0, None
+    images, outputs, tally = distributed.split_by_rank(job.remaining), config.outputs, Tally()
+    written = []
     with contextlib.ExitStack() as stack:
         if job.format:
-            file = config.output or sys.stdout
+            file = outputs.output or sys.stdout
             if distributed.world_size() > 1:
                 file = results.part_file(file, distributed.rank())
             write = stack.enter_context(results.open_results(file, job.format, config.n))
         else:
-            with_name = len(job.remaining) > 1 or config.images[0].is_dir()
+            with_name = len(job.images) > 1 or config.images[0].is_dir()
             write = functools.partial(print_captions, with_name=with_name)
+        for image, captions, _ in distributed.split_by_rank(job.captioned):
+            write(write_files(image, captions, job, outputs, tally))
         sizes = {"n": config.n, "batch_size": config.batch_size, "workers": config.workers}
         captions = captioner.caption_many(images, return_exceptions=True, **sizes)
-        quiet = None if config.output else True  # printed lines would break a progress bar
+        quiet = None if outputs.output else True  # printed lines would break a progress bar
         for image, found in tqdm(
             zip(images, captions, strict=True), total=len(images), unit=" images", disable=quiet
         ):
-            result, error = write_files(image, found, job, config)
+            result = write_files(image, found, job, outputs, tally)
             try:
                 write(result)
             except UserError as bad_name:
-                error = bad_name
-                print(f"left out: {files.one_line(str(error))}", file=sys.stderr)
-            if config.json and result.captions:
+                print(f"left out: {files.one_line(str(bad_name))}", file=sys.stderr)
+                if not result.error:
+                    tally.count_error(bad_name)
+            if outputs.json and result.captions:
                 written.append(result)
-            if error:
-                failed, first_error = failed + 1, first_error or drop_traceback(error)
-    if written:
-        files.write_json(config.json, [result.to_json() for result in written])
-    return failed, first_error
-
-
-def write_files(
-    image: str, captions: list[Caption] | Exception, job: Job, config: Config
-) -> tuple[Result, Exception | None]:
-    """Write the annotated copy and the sidecar of an image; return its result and its error."""
-    error = captions if isinstance(captions, Exception) else None
-    captions = () if error else captions
-    try:
-        if captions and job.copies:
-            results.write_annotated(job.copies[image], image, captions[0].text)
-        if captions and config.write_sidecar:
-            files.write_text(results.sidecar(image), f"{captions[0].text}\n")
-    except (UserError, OSError) as caught:
-        error = caught
-    return Result(image, captions, files.one_line(files.explain(error)) if error else ""), error
+    if outputs.json:
+        write_entries(outputs.json, job, written)
+    return tally
 
 
 def print_captions(result: Result, with_name: bool) -> None:

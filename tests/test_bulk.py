@@ -119,8 +119,10 @@ def test_a_file_killed_in_its_first_line_is_continued(form, cut, photos, script,
 
 def test_existing_rows_are_kept_and_sorted_among_the_new_ones(photos, script, tmp_path):
     out = tmp_path / "captions.jsonl"
+    caption = {"text": "mine", "log_prob": -1.0, "score": -0.5}
     mine = [
-        {"image": name, "captions": [], "error": "mine"} for name in (str(photos / "01.png"), "x")
+        {"image": name, "captions": [caption], "error": None}
+        for name in (str(photos / "01.png"), "x")
     ]
     out.write_text("".join(f"{json.dumps(row)}\n" for row in mine))
     script(photos, "--output", out)

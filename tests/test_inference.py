@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +215,59 @@ def test_the_model_stays_loaded_until_its_file_changes(tmp_path, monkeypatch):
         for place in (tmp_path, path, str(path)):
             assert caption(picture(7), checkpoint=place, method="greedy") == expected
         assert len(loads) == seed
+
+
+def test_threads_load_a_model_once_and_caption_as_one_does(tmp_path, monkeypatch):
+    loads, load = [], CaptionModel.load
+
+    def slow(*argv):
+        loads.append(argv)
+        time.sleep(0.1)  # long enough for the others to come
+        return load(*argv)
+
+    monkeypatch.setattr(CaptionModel, "load", slow)
+    tiny_model(3).save(tmp_path / "best.safetensors")
+    settings = [{"method": method} for method in METHODS] + [{"n": 3}]
+
+    def work(number):
+        return [
+            caption(picture(seed), checkpoint=tmp_path, **settings[(number + seed) % len(settings)])
+            for seed in range(6)
+        ]
+
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(work, range(8)))
+    assert len(loads) == 1
+    assert together == [work(number) for number in range(8)]
+
+
+def test_a_failed_load_is_tried_again(tmp_path):
+    path = tmp_path / "best.safetensors"
+    for content in (b"broken", b"broken"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a model file"):
+            caption(picture(1), checkpoint=path)
+    tiny_model().save(path)
+    assert caption(picture(1), checkpoint=path)
+
+
+def test_a_few_models_stay_loaded(tmp_path, monkeypatch):
+    loads, load = [], CaptionModel.load
+    monkeypatch.setattr(CaptionModel, "load", lambda *argv: loads.append(argv) or load(*argv))
+    monkeypatch.setattr(inference, "LOADED", type(inference.LOADED)())
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(inference.MAX_LOADED + 1)]
+    for seed, path in enumerate(paths):
+        tiny_model(seed).save(path)
+    for _ in range(3):
+        for path in paths[:-1]:
+            caption(picture(1), checkpoint=path)
+    assert len(loads) == inference.MAX_LOADED >= 3
+    caption(picture(1), checkpoint=paths[-1])  # in place of the one used longest ago
+    caption(picture(1), checkpoint=paths[1])
+    assert len(loads) == inference.MAX_LOADED + 1 and len(inference.LOADED) == inference.MAX_LOADED
+    tiny_model(9).save(paths[1])
+    caption(picture(1), checkpoint=paths[1])
+    assert len(inference.LOADED) == inference.MAX_LOADED  # the old version is gone
 
 
 def test_captioning_leaves_no_mode_behind(captioner):

@@ -6,6 +6,7 @@ leaves either the old file or the new one, never half of one.
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
@@ -79,14 +80,17 @@ def check_output(
 ) -> None:
     """Raise UserError or OSError if `path` can't be written, or is the wrong file to write.
 
-    That is a file with another suffix than `suffixes`, in lower case ("": a name without one; none
-    at all: any name will do), or one of `inputs`, under this name or another: another spelling, a
-    link of either kind. Inputs may also be other outputs, which need not exist. Devices and pipes
-    are always right, and None stands for what was not requested. Nothing is created.
+    That is a write-protected file, one with another suffix than `suffixes` (in lower case; "": a
+    name without one; none at all: any name will do), or one of `inputs`, under this name or
+    another: another spelling, a link of either kind. Inputs may also be other outputs, which need
+    not exist. Devices and pipes are always right, and None stands for what was not requested.
+    Nothing is created.
     """
     check_writable(path)
     if path is None or is_special(Path(path)):
         return
+    if is_protected(path):
+        raise write_error(errno.EACCES, path)
     if suffixes and Path(path).suffix.lower() not in suffixes:
         endings = " or ".join(filter(None, suffixes))
         raise UserError(f"{path} is to be written, so its name must end in {endings}")
@@ -106,6 +110,14 @@ def identify(path: str | Path) -> tuple[int, int] | str:
         return status.st_dev, status.st_ino
     except OSError:  # it does not exist
         return os.path.normcase(os.path.realpath(path))
+
+
+def is_protected(path: str | Path) -> bool:
+    """Return whether `path` is a write-protected file, which the system's own user could write."""
+    try:
+        return not (os.stat(path).st_mode & 0o222 and os.access(path, os.W_OK))
+    except OSError:
+        return False
 
 
 def find_obstacle(path: Path) -> int:
@@ -214,6 +226,15 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path} is not a JSON file ({error})") from error
 
 
+def digest(path: str | Path) -> str:
+    """Return the BLAKE2 digest of a file's content, as text."""
+    found = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
+
+
 @contextlib.contextmanager
 def lock(path: str | Path, wait: float = -1, message: str = "") -> Iterator[None]:
     """Hold an exclusive lock on `path` among processes; it is freed if the process is killed.
@@ -243,6 +264,12 @@ def parse(
     """
     import tyro
 
+    argv = sys.argv[1:] if argv is None else argv
+    for before, argument in zip(["", *argv], argv, strict=False):
+        if not argument or re.fullmatch("--[^=]*=", argument):  # a Path of "" is the current folder
+            flag = argument.rstrip("=") or (before if before.startswith("-") else "")
+            name = f"the value of {flag}" if flag else "an argument"
+            raise SystemExit(print_error(f"{name} is empty; is a variable of the shell not set?"))
     stderr = io.StringIO()
     values = {} if default is None else {"default": default}
     try:

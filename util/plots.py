@@ -18,6 +18,7 @@ from util.files import replacing
 INK, GREY, PAPER = (24, 24, 24), (112, 112, 112), (255, 255, 255)
 MIN_WIDTH = 320  # pixels: a narrower image has no room for a caption
 COLUMNS, PAGE_WIDTH, GAP = 4, 1600, 24
+SOFTWARE, MADE_BY = 0x0131, "image-captioning page"  # a page's EXIF tag, and its value
 COLUMN_WIDTH = (PAGE_WIDTH - GAP * (COLUMNS + 1)) // COLUMNS
 LINE_HEIGHT = 1.3  # times the font size
 
@@ -215,8 +216,10 @@ def write_page(
             row.paste(cell, (GAP + column * (cell.width + GAP), GAP))
         rows.append(row)
     page = stack([*(heading or []), *rows, Image.new("RGB", (PAGE_WIDTH, GAP), PAPER)])
+    exif = Image.Exif()
+    exif[SOFTWARE] = MADE_BY
     with replacing(path) as temporary:
-        page.save(temporary, format="PNG")
+        page.save(temporary, format="PNG", exif=exif)
 
 
 # --- text

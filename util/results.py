@@ -1,8 +1,9 @@
-"""Files of captions: CSV, JSON lines, HTML; text files beside the images; annotated copies.
+"""Files of captions: CSV, JSON lines, HTML, with a line per image.
 
-A file of results grows by a line per image, so a job that was killed continues after the last
-complete line. Of several processes, each writes a part, `captions.csv.part-0` and so on;
-`merge_parts` adds them to the file at the end of the job, or at the start of the next one.
+A file grows line by line, so a job that was killed continues after the last complete line. Of
+several processes, each writes a part, `captions.csv.part-0` and so on; `merge_parts` adds them to
+the file at the end of the job, or at the start of the next one. `captions.csv.settings.json` says
+which model and settings the captions are of.
 """
 
 import contextlib
@@ -11,18 +12,20 @@ import glob
 import html
 import io
 import json
+import logging
+import math
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from PIL import Image
-
 from util import files
 from util.files import UserError
-from util.images import read_image, walk_images
+from util.images import EXTENSIONS
+
+log = logging.getLogger(__name__)
 
 
 class Caption(NamedTuple):
@@ -43,6 +46,11 @@ class Result(NamedTuple):
     image: str
     captions: Sequence[Caption]
     error: str = ""
+
+    @property
+    def has_scores(self) -> bool:
+        """Return whether the scores of all captions are known, as they are not in a page."""
+        return not any(math.isnan(each.log_prob) for each in self.captions)
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as values that JSON can represent."""
@@ -77,6 +85,11 @@ def pick_format(path: Path | None, name: str | None) -> str:
             f"{path} does not say which format is wanted; end it in .csv, .jsonl or .html, or use "
             f"--format {{{','.join(FORMATS)}}}"
         )
+    others = {f".{other}" for other in FORMATS if other != name}
+    if path is not None and path.suffix.lower() in others | EXTENSIONS:
+        raise UserError(
+            f"{path} is to be written as {name}, so its name must not end in {path.suffix}"
+        )
     return name
 
 
@@ -93,17 +106,21 @@ def format_line(format: str, result: Result, n: int, folder: Path) -> str:
     if format == "jsonl":
         return json.dumps(result.to_json(), ensure_ascii=False) + "\n"
     error = files.one_line(result.error)
+    texts = [re.sub(r"[\r\n]+", " ", each.text) for each in result.captions]
     if format == "csv":
-        cells = [cell for each in result.captions for cell in (each.text, f"{each.score:.4f}")]
+        scores = ["" if math.isnan(each.score) else f"{each.score:.4f}" for each in result.captions]
+        pairs = zip(map(escape_cell, texts), scores, strict=True)
+        cells = [cell for pair in pairs for cell in pair]
+        cells += [""] * (2 * n - len(cells))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow(
-            [result.image, *cells, *[""] * (2 * n - len(cells)), error]
+            [escape_cell(result.image), *cells, escape_cell(error)]
         )
         return text.getvalue()
     name = html.escape(result.image)
-    if error:
+    if not texts:
         return f'<figure data-image="{name}"><p>{html.escape(error)}</p></figure>\n'
-    best, *others = (html.escape(each.text) for each in result.captions)
+    best, *others = map(html.escape, texts)
     address = html.escape(quote(os.path.relpath(result.image, folder)))
     more = "".join(f"<small>{each}</small>" for each in others)
     return (
@@ -113,13 +130,64 @@ def format_line(format: str, result: Result, n: int, folder: Path) -> str:
     )
 
 
-def parse_image(format: str, line: str) -> str:
-    """Return the image that a line is about."""
+def parse_line(format: str, line: str, n: int) -> Result:
+    """Return the result in a line; a caption whose score it does not say has the score NaN.
+
+    Raises one of `NO_RESULT` if it is no such line, or only half of one.
+    """
     if format == "jsonl":
-        return json.loads(line)["image"]
+        row = json.loads(line)
+        image, error = row["image"], row.get("error") or ""
+        captions = [Caption(each["text"], float(each["log_prob"])) for each in row["captions"]]
+        if not all(isinstance(text, str) for text in (image, error, *(c.text for c in captions))):
+            raise TypeError("expected text")
+        return Result(image, captions, error)
     if format == "csv":
-        return next(csv.reader([line]))[0]
-    return html.unescape(re.search('data-image="([^"]*)"', line)[1])
+        (cells,) = csv.reader([line], strict=True)
+        image, *pairs, error = map(unescape_cell, cells)
+        if len(pairs) != 2 * n:
+            raise ValueError(f"{len(cells)} cells, not {2 + 2 * n}")
+        captions = []
+        for text, score in zip(pairs[::2], pairs[1::2], strict=True):
+            if text or score:
+                mean = float(score or math.nan)  # a caption written by hand may have none
+                captions.append(Caption(text, mean * (len(text.split()) + 1)))
+        return Result(image, captions, error)
+    figure = re.fullmatch(r'<figure data-image="([^"]*)">(.*)</figure>\s*', line)
+    image, content = html.unescape(figure[1]), figure[2]
+    if error := re.fullmatch("<p>(.*)</p>", content):
+        return Result(image, (), html.unescape(error[1]))
+    text = re.search("<figcaption>(.*?)<small>(.*)</small></figcaption>", content)
+    texts = [text[1], *text[2].split("</small><small>")[:-1]]  # the last is the file's name
+    return Result(image, [Caption(html.unescape(each), math.nan) for each in texts])
+
+
+# What `parse_line` raises for other lines.
+NO_RESULT = (ValueError, LookupError, TypeError, AttributeError, RecursionError, csv.Error)
+
+# --- cells that a spreadsheet would run
+
+# What a spreadsheet takes for a formula, or may after it has cut blanks; behind apostrophes too.
+FORMULA = re.compile(r"['\s]*[=+\-@\uff1d\uff0b\uff0d\uff20]|'*[\t\r\n]")
+
+
+def escape_cell(text: str) -> str:
+    """Return the text for a cell of a CSV file, which a spreadsheet must not run as a formula.
+
+    An apostrophe is put in front of what begins like one. `unescape_cell` returns any text as it
+    was; numbers of our own, such as -0.5, are no text and need no escape.
+    """
+    return f"'{text}" if FORMULA.match(text) else text
+
+
+def unescape_cell(cell: str) -> str:
+    """Return the text that `escape_cell` made the cell of."""
+    return cell[1:] if cell.startswith("'") and FORMULA.match(cell[1:]) else cell
+
+
+def is_own_header(header: Sequence[str]) -> bool:
+    """Return whether this is the header of the captions that `inference.py --output` writes."""
+    return list(header[:3]) == ["image", "caption", "score"] and header[-1] == "error"
 
 
 # --- the file and its parts
@@ -163,42 +231,55 @@ def find_parts(path: Path) -> list[Path]:
     return sorted(part for part in parts if re.fullmatch(r".*\.part-\d+", part.name, re.DOTALL))
 
 
-def merge_parts(path: Path, format: str, n: int, images: Sequence[str]) -> set[str]:
-    """Add the rows of all parts to the file at `path`; return the images that have a row now.
+def merge_parts(path: Path, format: str, n: int, images: Sequence[str]) -> dict[str, str]:
+    """Add the rows of all parts to the file at `path`; return the line of each image in it.
 
-    The file is sorted by the order of `images`; rows of other images stay in front. It is replaced
-    in one step before the parts are removed, and an image's first row counts, so that a kill loses
-    no row and duplicates none. Raises UserError if a file is not one of results.
+    The file is sorted by the order of `images`; rows of other images stay in front. Of an image's
+    rows the first with captions and no error counts, else the last with captions, else the last.
+    The file is replaced in one step, before the parts are removed, so that a kill loses no row and
+    duplicates none. Raises UserError, and changes nothing, if a file is not one of results.
     """
     files.check_writable(path)
     if files.is_special(path):
-        return set()
-    parts, rows = find_parts(path), {}
+        return {}
+    parts = find_parts(path)
+    rows: dict[str, str] = {}
+    ranks: dict[str, int] = {}
+    lines = []  # of the file itself
     for source in [path, *parts] if path.exists() else parts:
-        for image, line in read_rows(source, format, n):
-            rows.setdefault(image, line)
+        for result, line in read_rows(source, format, n):
+            if source == path:
+                lines.append(line)
+            if result is None:
+                continue
+            rank, before = 2 * bool(result.captions) + (not result.error), ranks.get(result.image)
+            if before is None or rank > before or rank == before < 3:
+                is_whole = line.endswith("\n") and not line.endswith("\r\n")  # no copy in memory
+                rows[result.image] = line if is_whole else line.rstrip("\r\n") + "\n"
+                ranks[result.image] = rank
     position = {image: number for number, image in enumerate(images)}
     ordered = sorted(rows, key=lambda image: position.get(image, -1))
-    if parts or ordered != list(rows):
+    merged = [*filter(None, [format_header(format, n)]), *(rows[image] for image in ordered)]
+    if parts or (lines and lines != merged):
         files.remove_leftovers(path)
         with files.replacing(path) as temporary, open(temporary, "w", **TEXT) as file:
-            file.write(format_header(format, n))
-            file.writelines(rows[image] for image in ordered)
+            file.writelines(merged)
     for part in parts:
         part.unlink()
-    return set(rows)
+    return rows
 
 
-def read_rows(path: Path, format: str, n: int) -> Iterator[tuple[str, str]]:
-    """Yield the image and the line of each row; an incomplete last line is cut off the file.
+def read_rows(path: Path, format: str, n: int) -> Iterator[tuple[Result | None, str]]:
+    """Yield each line of a file and its result, None for the header and half a last line.
 
-    Raises UserError if the file holds something else.
+    A last line without a line break is half of one if it is no result: a killed process was writing
+    it. Raises UserError if the file holds something else.
     """
     header = format_header(format, n)
     begin = header or '{"image": "'
     with open(path, **TEXT) as file:
         for number, line in enumerate(file, 1):
-            is_complete = line.endswith("\n")
+            is_complete, result = line.endswith("\n"), None
             if number == 1 and (header or not is_complete):
                 expected = header if is_complete else begin[: len(line)]
                 if line.replace("\r\n", "\n")[: len(begin)] != expected:
@@ -206,117 +287,62 @@ def read_rows(path: Path, format: str, n: int) -> Iterator[tuple[str, str]]:
                         f"{path} begins with {line.rstrip()[:60]!r}, not as these results would; "
                         "it is another file, or was made with another --n: name another --output"
                     )
-            elif is_complete:
+            if number > 1 or not header:
                 try:
-                    yield parse_image(format, line), line
-                except (ValueError, LookupError, TypeError, StopIteration) as error:
-                    raise UserError(
-                        f"line {number} of {path} is no result; name another --output"
-                    ) from error
-            if not is_complete:  # a killed process was writing it
-                written = len(line.encode("utf-8", "surrogateescape"))
-                os.truncate(path, path.stat().st_size - written)
+                    result = parse_line(format, line, n)
+                except NO_RESULT as error:
+                    if is_complete:
+                        raise UserError(
+                            f"line {number} of {path} is no result ({files.explain(error)[:60]}); "
+                            "correct it, or name another --output"
+                        ) from error
+                    log.warning("%s ends in half a row, which is left out: %s", path, line[:200])
+            yield result, line
 
 
-# --- which images, and what is written beside or instead of them
+# --- which model made a file
 
 
-def find_images(
-    places: Sequence[Path], annotated: Path | None = None, *, recursive: bool = True
-) -> list[str]:
-    """Return the images at `places`, folders replaced by their images, except those `annotated`.
+def write_settings(path: Path, settings: Sequence[Mapping[str, Any]]) -> None:
+    """Write what made the results at `path` to its settings file, unless it says so already."""
+    place = settings_file(path)
+    if not settings or files.is_special(path):
+        return
+    if not place.exists() or files.read_json(place) != list(settings):
+        files.write_json(place, settings)
 
-    Raises UserError if no place is given, or a folder has no images.
+
+def settings_file(path: Path) -> Path:
+    """Return the path of the file that says which model and settings made the results at `path`."""
+    return Path(f"{os.path.realpath(path)}.settings.json")  # /dev/stdout may lead to a file
+
+
+def check_settings(path: Path, settings: Mapping[str, Any], mix: bool) -> list[dict[str, Any]]:
+    """Return what the settings file of the results at `path` has to hold if they are continued.
+
+    That is each of the `settings` with which some of its rows were made; an empty list if that is
+    not known. Raises UserError if some were made with others than `settings`, unless `mix`.
     """
-    if not places:
-        raise UserError("no image was given; name files or folders: python inference.py IMAGE")
-    images: list[str] = []
-    for place in places:
-        if not place.is_dir():
-            images.append(str(place))
+    place = settings_file(path)
+    if not place.exists():
+        log.warning("%s does not say which model made its captions; it is continued", path)
+        return []
+    earlier = files.read_json(place)
+    if not isinstance(earlier, list) or not all(isinstance(each, dict) for each in earlier):
+        raise UserError(f"{place} is damaged; remove it, or name another --output")
+    is_known = False
+    for each in earlier:
+        names = [name for name in settings if each.get(name, settings[name]) != settings[name]]
+        names = [name for name in names if name != "checkpoint"]  # a model may have moved
+        is_known = is_known or not names
+        if not names or mix:
             continue
-        found = walk_images(place, recursive)
-        if annotated and place.resolve() in annotated.resolve().parents:
-            below = place / annotated.resolve().relative_to(place.resolve())
-            copies = os.path.join(below, "")
-            found = (image for image in found if not image.startswith(copies))
-        count = len(images)
-        images += found
-        if len(images) == count:
-            raise UserError(f"no images in the folder {place}")
-    return images
-
-
-def sidecar(image: str) -> str:
-    """Return the path of the text file beside an image: photo.txt for photo.jpg."""
-    return str(Path(image).with_suffix(".txt"))
-
-
-def check_sidecars(images: Iterable[str]) -> None:
-    """Raise UserError if two images would share a sidecar, OSError if one can't be written."""
-    owners: dict[str, str] = {}
-    for image in images:
-        path = sidecar(image)
-        if (other := owners.setdefault(path, image)) != image:
-            raise UserError(f"{other} and {image} would both have {path}; rename one of them")
-    files.check_writable(*owners)
-
-
-WRITABLE = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".webp": "WEBP"}
-DESCRIPTION, SOFTWARE = 0x010E, 0x0131  # EXIF tags
-MADE_BY = "image-captioning --annotate"
-
-
-def plan_annotated(folder: Path, places: Sequence[Path], images: Iterable[str]) -> dict[str, str]:
-    """Return the path in `folder` of each image's annotated copy.
-
-    It is the image's path below the place that contains it, or its name; numbered if that is
-    taken, with .png added if Pillow can't write the image's format. Raises UserError if a file
-    would be overwritten that is not such a copy.
-    """
-    paths: dict[str, str] = {}
-    taken: set[str] = set()
-    for image in map(Path, dict.fromkeys(images)):
-        base = next((place for place in places if place in image.parents), image.parent)
-        copy, number = folder / image.relative_to(base), 2
-        if copy.suffix.lower() not in WRITABLE:
-            copy = copy.with_name(f"{copy.name}.png")
-        path = str(copy)
-        while path in taken:
-            path, number = str(copy.with_stem(f"{copy.stem}-{number}")), number + 1
-        if os.path.exists(path) and not is_annotated(path):
-            raise UserError(
-                f"--annotate {folder} would overwrite {path}, a file of your own; name another "
-                "folder"
-            )
-        paths[str(image)] = path
-        taken.add(path)
-    files.check_writable(*taken)
-    return paths
-
-
-def is_annotated(path: str) -> bool:
-    """Return whether an image was written by `write_annotated`."""
-    try:
-        with Image.open(path) as image:
-            return image.getexif().get(SOFTWARE) == MADE_BY
-    except (OSError, ValueError, SyntaxError):
-        return False
-
-
-def write_annotated(path: str, image: str, text: str) -> None:
-    """Write the image with its caption below it, and in its EXIF description.
-
-    Raises UserError if it can't be written.
-    """
-    from util import plots  # here, as captions alone need no plots
-
-    annotated, exif = plots.annotate(read_image(image), text), Image.Exif()
-    exif[DESCRIPTION] = text.encode()  # bytes: Pillow would replace all but ASCII by ?
-    exif[SOFTWARE] = MADE_BY
-    try:
-        with files.replacing(path) as temporary:
-            kind = WRITABLE[Path(path).suffix.lower()]
-            annotated.save(temporary, format=kind, quality=92, exif=exif)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} can't be written ({error})") from error
+        name, now = names[0], settings[names[0]]
+        what = f"with --{name.replace('_', '-')} {each[name]}, not {now}"
+        if name == "model":
+            what = f"by another model, {each.get('checkpoint')}, not {settings['checkpoint']}"
+        raise UserError(
+            f"the captions in {path} were made {what}; name another --output, or add --mix to have "
+            "both in one file"
+        )
+    return earlier if is_known else [*earlier, dict(settings)]

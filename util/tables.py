@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from util import files
+from util import files, results
 from util.files import UserError
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".parquet")
@@ -80,6 +80,8 @@ def read_cells(path: Path) -> pd.DataFrame:
             raise UserError(f"{path} line {reader.line_num}: {error}") from error
     rows = {number: [cell.strip() for cell in cells] for number, cells in rows.items()}
     rows = {number: cells for number, cells in rows.items() if any(cells)}  # blank at the end
+    if results.is_own_header(next(iter(rows.values()), [])):
+        rows = {number: list(map(results.unescape_cell, cells)) for number, cells in rows.items()}
     if not rows:
         raise UserError(f"{path} is empty")
     header, *body = rows.values()

@@ -1,0 +1,254 @@
+"""What a call of `inference.py` has to do: which images, and which files are written of them.
+
+Everything that can't be done is refused here, before a model is loaded or a file is touched.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from util import distributed, files, results, sidecars
+from util.files import UserError
+from util.images import drop_traceback, walk_images
+from util.results import Caption, Result
+
+JSON, PAGE = (".json", ""), (".png", "")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """The flags that say what is written."""
+
+    output: Path | None = None
+    """Write the captions to this file (.csv, .jsonl, .html), with their scores (the mean
+    log-probability per word) and errors; an existing file is continued. Required when torchrun
+    starts several processes, which share the images."""
+    format: Literal[results.FORMATS] | None = None
+    """Format of --output (default: by its name), or of what is printed (default: plain lines)."""
+    mix: bool = False
+    """Continue an --output whose captions another model or other settings made."""
+    write_sidecar: bool = False
+    """Also write the caption of photo.jpg to photo.txt beside it, unless that exists."""
+    overwrite: bool = False
+    """Let --write-sidecar replace text files that exist, except write-protected ones."""
+    annotate: Path | None = None
+    """Also write a copy of each image with its caption below it into this folder."""
+    attention: Path | None = None
+    """Also write a page (.png) with the attention map of each word, for a single image."""
+    json: Path | None = None
+    """Also write the captions to this JSON file, without the images that have none."""
+
+
+class Job(NamedTuple):
+    """What all processes together have to do."""
+
+    images: list[str]
+    remaining: list[str]  # the images to caption
+    captioned: list[Result]  # of --output: other files of theirs are still to be written
+    copies: dict[str, str]  # image -> path of its annotated copy
+    format: str | None  # one of `results.FORMATS`; None: plain lines
+    settings: list[dict[str, Any]]  # for the settings file of --output
+    entries: dict[str, dict[str, Any]]  # image -> what --json has to keep
+    left_out: int  # folders that can't be read or have no images
+
+
+@dataclass
+class Tally:
+    """What a process counts while it captions."""
+
+    failed: int = 0  # images
+    error: Exception | None = None  # of the first of them
+    kept: int = 0  # text files that exist and hold another text
+
+    def count_error(self, error: Exception) -> None:
+        """Count an image that failed."""
+        self.failed, self.error = self.failed + 1, self.error or drop_traceback(error)
+
+
+def plan_job(
+    places: Sequence[Path],
+    config: OutputConfig,
+    settings: Mapping[str, Any],
+    *,
+    recursive: bool = True,
+    inputs: Iterable[Path] = (),
+) -> Job:
+    """Return what there is to do; raises UserError or OSError if it is not possible.
+
+    `settings` are those that captions depend on, with "n" for the number of captions per image;
+    `inputs` are the files, besides the images, that must not be written.
+    """
+    if distributed.world_size() > 1:
+        if config.output is None or files.is_special(config.output):
+            raise UserError("several processes need a file to write captions to; give --output")
+        for name in ("json", "attention"):
+            if getattr(config, name):
+                raise UserError(f"--{name} is written by one process; start it without torchrun")
+    for flag, needed in (("overwrite", "write_sidecar"), ("mix", "output")):
+        if getattr(config, flag) and not getattr(config, needed):
+            raise UserError(f"--{flag} is about --{needed.replace('_', '-')}, which is not given")
+    forms = ((config.json, JSON), (config.attention, PAGE), (config.output, ()))
+    for path, suffixes in forms:
+        files.check_output(path, suffixes, [*inputs, *places])
+    images, left_out = find_images(places, config.annotate, recursive=recursive)
+    if config.attention:
+        check_attention(config.attention, images)
+    copies = {}
+    if config.annotate:
+        copies = sidecars.plan_annotated(config.annotate, places, images)
+    beside = [sidecars.sidecar(image) for image in images] if config.write_sidecar else []
+    if config.write_sidecar:
+        sidecars.check_sidecars(images)
+    others: list[str | Path | None] = [*images, *beside, *copies.values()]
+    for path, _ in forms:
+        files.check_output(path, (), others)
+        others.append(path)
+    format = None
+    if config.output or config.format:
+        format = results.pick_format(config.output, config.format)
+    entries = read_entries(config.json) if config.json else {}
+    job = Job(images, images, [], copies, format, [dict(settings)], {}, left_out)
+    return continue_job(job, config, settings, entries) if config.output else job
+
+
+def continue_job(
+    job: Job, config: OutputConfig, settings: Mapping[str, Any], entries: dict[str, dict[str, Any]]
+) -> Job:
+    """Return what is left of a job whose --output may have rows; they are merged first.
+
+    `entries` are those of an existing --json.
+    """
+    images = list(dict.fromkeys(job.images))  # one row per image, however often it is named
+    n = settings["n"]
+    rows = results.merge_parts(config.output, job.format, n, images)
+    if not rows:
+        return job._replace(images=images, remaining=images)
+    all_settings = results.check_settings(config.output, settings, config.mix)
+    remaining, captioned, kept = [], [], dict(entries) if config.json else {}
+    for image in images:
+        row = results.parse_line(job.format, rows[image], n) if image in rows else None
+        if row is None or not row.captions:
+            remaining.append(image)
+            continue
+        if row.error or is_incomplete(image, job, config):
+            captioned.append(row)
+        if config.json and row.has_scores:
+            kept.setdefault(image, row.to_json())
+    done = len(images) - len(remaining)
+    message = f"{config.output} has captions of {done} of {len(images)} images already"
+    if config.json and (lacking := done - sum(image in kept for image in images)):
+        # A gallery page has no scores, nor does a row that was written by hand.
+        message += f", but no scores of {lacking}: they are left out of {config.json}"
+    print(message, file=sys.stderr)
+    return job._replace(
+        images=images, remaining=remaining, captioned=captioned, settings=all_settings, entries=kept
+    )
+
+
+def is_incomplete(image: str, job: Job, config: OutputConfig) -> bool:
+    """Return whether a captioned image lacks a file that was requested."""
+    paths = [job.copies[image]] if job.copies else []
+    if config.write_sidecar:
+        paths.append(sidecars.sidecar(image))
+    return config.overwrite or not all(Path(path).exists() for path in paths)
+
+
+def find_images(
+    places: Sequence[Path], annotated: Path | None = None, *, recursive: bool = True
+) -> tuple[list[str], int]:
+    """Return the images at `places`, folders replaced by their images, except those `annotated`.
+
+    Also returns how many folders can't be read or have no images; each is printed. Raises UserError
+    if no place is given, or there are no images at all.
+    """
+    if not places:
+        raise UserError("no image was given; name files or folders: python inference.py IMAGE")
+    images: list[str] = []
+    problems: list[str] = []
+
+    def note(error: OSError) -> None:
+        problems.append(f"the folder {error.filename} can't be read ({error.strerror})")
+
+    for place in places:
+        if not os.path.isdir(place):
+            images.append(str(place))
+            continue
+        before = len(images), len(problems)
+        found = walk_images(place, recursive, note)
+        if annotated and place.resolve() in annotated.resolve().parents:
+            below = place / annotated.resolve().relative_to(place.resolve())
+            copies = os.path.join(below, "")
+            found = (image for image in found if not image.startswith(copies))
+        images += found
+        if (len(images), len(problems)) == before:
+            problems.append(f"no images in the folder {place}")
+    if not images:
+        raise UserError("; ".join(problems))
+    for problem in problems:
+        print(f"left out: {files.one_line(problem)}", file=sys.stderr)
+    return images, len(problems)
+
+
+def check_attention(path: Path, images: Sequence[str]) -> None:
+    """Raise UserError if no page of attention maps can be written to `path`."""
+    from util import plots  # here, as captions alone need no plots
+
+    if len(images) != 1:
+        raise UserError(f"--attention is of a single image, but {len(images)} were given")
+    if path.is_file() and not sidecars.is_made_by(path, plots.MADE_BY):
+        raise UserError(f"--attention {path} would overwrite a file of your own; name another file")
+
+
+# --- what is written of an image
+
+
+def write_files(
+    image: str,
+    captions: Sequence[Caption] | Exception,
+    job: Job,
+    config: OutputConfig,
+    tally: Tally,
+) -> Result:
+    """Write the annotated copy and the sidecar of an image; return its result."""
+    error = captions if isinstance(captions, Exception) else None
+    captions = () if error else captions
+    try:
+        if captions and job.copies:
+            sidecars.write_annotated(job.copies[image], image, captions[0].text)
+        if captions and config.write_sidecar:
+            path, text = sidecars.sidecar(image), captions[0].text
+            tally.kept += not sidecars.write_sidecar(path, text, config.overwrite)
+    except (UserError, OSError) as caught:
+        error = caught
+    if error:
+        tally.count_error(error)
+    return Result(image, captions, files.one_line(files.explain(error)) if error else "")
+
+
+# --- the JSON file
+
+
+def read_entries(path: Path) -> dict[str, dict[str, Any]]:
+    """Return image -> its entry in an existing --json file; UserError if it is another file."""
+    if not path.is_file() or not path.stat().st_size:
+        return {}
+    entries = files.read_json(path)
+    try:
+        return {entry["image"]: {**entry, "captions": entry["captions"]} for entry in entries}
+    except results.NO_RESULT as error:
+        raise UserError(
+            f"--json {path} would overwrite a file that is no list of captions; name another file"
+        ) from error
+
+
+def write_entries(path: Path, job: Job, written: Iterable[Result]) -> None:
+    """Write the JSON file: what it has to keep and what was captioned now, in order."""
+    entries = [result.to_json() for result in written]
+    images = {entry["image"] for entry in entries}
+    entries = [each for image, each in job.entries.items() if image not in images] + entries
+    position = {image: number for number, image in enumerate(job.images)}
+    if entries:
+        files.write_json(path, sorted(entries, key=lambda each: position.get(each["image"], -1)))
