@@ -8,7 +8,7 @@ import io
 import ipaddress
 import logging
 import math
-import threading
+import queue
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +21,8 @@ from decoding import METHODS, DecodingConfig
 from inference import Captioner, Explained, list_checkpoints
 from util import files
 from util.files import UserError
-from util.images import MAX_PIXELS, read_image
+from util.image_process import ImageReader
+from util.images import MAX_PIXELS
 
 # The smallest and the largest value a request may have; integers where these are. Those of
 # min_words and max_words depend on the model.
@@ -38,6 +39,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 THREADS = 16  # requests handled at a time; captioning has a limit of its own
 CONNECTIONS = 64
 MAX_WAIT = 60.0  # seconds that an image waits for its turn
+MAX_SECONDS = 20.0  # that reading an image may take; the largest photos take 3
 MEGABYTE = 1_000_000
 FORM_BYTES = 500_000  # allowed in a form besides the image; werkzeug reads in blocks of 64 KiB
 
@@ -69,12 +71,13 @@ def create_app(
     at_once: int = 2,
     hostnames: Collection[str] = (),
     max_wait: float = MAX_WAIT,
+    max_seconds: float = MAX_SECONDS,
 ) -> Any:
     """Return the Flask application that serves a captioner.
 
     An upload has at most `max_mb` megabytes; `at_once` images are captioned at a time, the others
-    wait up to `max_wait` seconds. Requests must name the server by an IP address, as localhost, or
-    by one of `hostnames`.
+    wait up to `max_wait` seconds. An image that takes more than `max_seconds` to read is refused.
+    Requests must name the server by an IP address, as localhost, or by one of `hostnames`.
     """
     import flask
 
@@ -93,7 +96,10 @@ def create_app(
     known = {**BOUNDS, "max_words": (1, longest), "min_words": (1, longest)}
     names = ["n", *(each.name for each in fields(DecodingConfig))]
     bounds = {name: known[name] for name in names if name != "method"}
-    turns = threading.BoundedSemaphore(at_once)
+    app.extensions["image_readers"] = [ImageReader(max_seconds) for _ in range(at_once)]
+    readers: queue.Queue[ImageReader] = queue.Queue()
+    for reader in app.extensions["image_readers"]:
+        readers.put(reader)
 
     @app.before_request
     def refuse_other_sites() -> None:
@@ -116,13 +122,16 @@ def create_app(
             name: read_setting(name, value.strip(), bounds)
             for name, value in flask.request.form.items()
         }
-        if not turns.acquire(timeout=max_wait):
-            raise RefusedError(503, "too many photos are waiting; try again in a minute")
+        try:  # images are read and captioned in turn: few bytes may be an image of many pixels
+            reader = readers.get(timeout=max_wait)
+        except queue.Empty:
+            message = "too many photos are waiting; try again in a minute"
+            raise RefusedError(503, message) from None
         try:
-            # Decoded in turn: a file of few bytes may be an image of many pixels.
-            captions = captioner.explain(decode_upload(upload), **settings)
+            image = reader.read(upload.getvalue(), upload.name)
+            captions = captioner.explain(image, **settings)
         finally:
-            turns.release()
+            readers.put(reader)
         return {"captions": [to_json(each) for each in captions]}
 
     @app.after_request
@@ -188,14 +197,6 @@ def read_upload(request: Any, max_bytes: int) -> io.BytesIO:
         size_mb, max_mb = (f"{count / MEGABYTE:.3g}" for count in (size, max_bytes))
         raise RefusedError(413, f"{upload.name} has {size_mb} MB; at most {max_mb} MB are taken")
     return upload
-
-
-def decode_upload(upload: io.BytesIO) -> Image.Image:
-    """Return the image in an uploaded file."""
-    try:
-        return read_image(upload)
-    except OSError as error:  # of the system: its text may name private paths
-        raise UserError(f"{upload.name} is not an image that can be read") from error
 
 
 def read_setting(name: str, value: str, bounds: Mapping[str, tuple[float, float]]) -> Any:
@@ -278,15 +279,18 @@ def create_server(app: Any, config: Config) -> Any:
     """Return the server of an application, bound to its address; UserError if it can't be."""
     import waitress
 
+    from util import connections
+
     # Twice the limit is read, so that a photo slightly too large gets an answer that says so.
     most = 2 * round(config.max_mb * MEGABYTE) + FORM_BYTES
     try:
-        return waitress.create_server(
+        server = waitress.create_server(
             app,
             host=config.host,
             port=config.port,
             threads=THREADS,
             connection_limit=CONNECTIONS,
+            cleanup_interval=1,  # seconds between looks for connections that are late
             max_request_body_size=most,
             inbuf_overflow=most + 1,  # above it, waitress writes to the disk
             ident=None,
@@ -297,6 +301,8 @@ def create_server(app: Any, config: Config) -> Any:
             f"can't listen at {config.host}, port {config.port} ({reason}); choose another --port "
             "or --host"
         ) from error
+    connections.limit_requests(server)
+    return server
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -324,7 +330,11 @@ def main(argv: list[str] | None = None) -> None:
     port = getattr(server, "effective_port", config.port)
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
     print(f"http://{host}:{port} (Ctrl-C stops it)", flush=True)
-    server.run()
+    try:
+        server.run()
+    finally:
+        for reader in app.extensions["image_readers"]:
+            reader.close()
 
 
 if __name__ == "__main__":

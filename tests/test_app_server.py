@@ -6,10 +6,13 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from helpers.tiny import picture, png, run_script
 from PIL import Image
 
 import app
+from util import connections
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,7 +94,71 @@ def test_a_real_upload_that_is_too_large_is_answered(captioner):
         assert send(port, PHOTO)[0] == 200
 
 
-def test_the_script_serves_until_it_is_interrupted(run):
+def test_an_image_that_takes_too_long_is_refused_and_the_next_one_captioned(captioner, monkeypatch):
+    slow = app.create_app(captioner, at_once=1, max_seconds=0.3)
+    reader = slow.extensions["image_readers"][0]
+    os.kill(reader.process.pid, signal.SIGSTOP)
+    with serving(slow) as port:
+        status, body = send(port, PHOTO)
+        assert status == 400
+        reason = "it takes more than 0.3 seconds; save it as an ordinary JPEG"
+        assert json.loads(body) == {"error": f"a.png is not an image that can be read ({reason})"}
+        reader.seconds = 60
+        assert send(port, PHOTO)[0] == 200
+
+
+def test_requests_that_are_half_sent_make_nobody_wait(client, monkeypatch):
+    monkeypatch.setattr(app, "CONNECTIONS", 8)
+    monkeypatch.setattr(connections, "PATIENCE", 3600.0)  # only a crowded server is impatient
+    monkeypatch.setattr(connections, "CROWDED_PATIENCE", 0.2)
+    with serving(client.application) as port, contextlib.ExitStack() as stack:
+        for _ in range(20):
+            half = stack.enter_context(socket.create_connection(("127.0.0.1", port), 60))
+            half.sendall(b"POST /caption HTTP/1.1\r\nContent-Length: 100\r\n\r\nabc")
+        began = time.monotonic()
+        assert send(port, PHOTO)[0] == 200
+        assert time.monotonic() - began < 40
+
+
+@pytest.mark.parametrize(
+    ("silent", "age", "received", "late"),
+    [
+        (0, 0, 0, False),
+        (14, 14, 10, False),
+        (16, 16, 10**7, True),  # nothing for a while
+        (1, 100, 10**6, False),  # slow, but it arrives
+        (1, 100, 10**5, True),  # a byte now and then
+        (1, 301, 10**7, True),
+        (16, None, 0, True),  # kept open for the next request, which does not come
+        (14, None, 0, False),
+    ],
+)
+def test_a_connection_is_late_if_it_is_silent_or_slow(silent, age, received, late):
+    arriving = SimpleNamespace(header_bytes_received=100, body_bytes_received=received)
+    connection = SimpleNamespace(
+        requests=[], request=None if age is None else arriving, last_activity=1000 - silent
+    )
+    assert connections.is_late(connection, 1000, age or 0, connections.PATIENCE) is late
+    connection.requests = ["being answered"]
+    assert not connections.is_late(connection, 1000, age or 0, connections.PATIENCE)
+
+
+def test_a_request_is_as_old_as_the_time_since_it_was_first_seen():
+    class Request:
+        header_bytes_received, body_bytes_received = 100, 0
+
+    connection = SimpleNamespace(requests=[], request=Request(), will_close=False)
+    server = SimpleNamespace(in_connection_overflow=False, active_channels={1: connection})
+    began = {}
+    for now, closed in ((1000, False), (1014, False), (1016, True)):
+        connection.last_activity = now - 1
+        connections.close_late(server, began, now)
+        assert connection.will_close is closed
+
+
+@contextlib.contextmanager
+def running(run):
+    """Yield the script as a process, and its port."""
     process = subprocess.Popen(
         [sys.executable, "app.py", "--checkpoint", str(run), "--device", "cpu", "--port", "0"],
         cwd=ROOT,
@@ -102,7 +170,15 @@ def test_the_script_serves_until_it_is_interrupted(run):
         said = process.stdout.readline()
         found = re.fullmatch(r"http://127\.0\.0\.1:(\d+) \(Ctrl-C stops it\)\n", said)
         assert found, said
-        connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+        yield process, int(found[1])
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_script_serves_until_it_is_interrupted(run):
+    with running(run) as (process, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("GET", "/")
         page = connection.getresponse()
         assert page.status == 200 and b"<h1>Image captioning</h1>" in page.read()
@@ -110,9 +186,31 @@ def test_the_script_serves_until_it_is_interrupted(run):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
         assert (process.returncode, out, err) == (0, "", "")
-    finally:
-        process.kill()
-        process.communicate()
+
+
+@pytest.mark.slow
+def test_the_script_ends_while_an_image_is_being_read(run):
+    with running(run) as (process, port):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        if not children.exists():
+            pytest.skip("the system does not list a process's children")
+        readers = [int(reader) for reader in children.read_text().split()]
+        assert len(readers) == 2
+        for reader in readers:
+            os.kill(reader, signal.SIGSTOP)
+
+        def ask_in_vain():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                send(port, PHOTO)
+
+        threading.Thread(target=ask_in_vain, daemon=True).start()
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=15)
+        assert (process.returncode, out, err) == (0, "", "1 thread(s) still running\n")
+        for reader in readers:
+            with pytest.raises(ProcessLookupError):
+                os.kill(reader, 0)
 
 
 @pytest.mark.parametrize(

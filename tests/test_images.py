@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -394,9 +395,18 @@ def test_listing_a_missing_folder_or_a_file_names_it(tmp_path):
         list_images(tmp_path / "a.jpg")
 
 
-def test_every_extension_listed_is_one_pillow_reads():
-    readable = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    assert readable >= images.EXTENSIONS - {".heic", ".heif"}  # those a plug-in reads
+def test_the_extensions_listed_are_those_of_the_formats_that_are_read():
+    formats = Image.registered_extensions()
+    for extension in images.EXTENSIONS - {".heic", ".heif"}:  # those a plug-in reads
+        assert formats[extension] in images.FORMATS
+    assert {formats[each] for each in images.EXTENSIONS & formats.keys()} >= set(images.FORMATS)
+
+
+def test_the_documentation_lists_the_formats_that_are_read():
+    text = (Path(images.__file__).parents[1] / "docs/inference.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^Formats that are read: (.*?\))\. ", text, re.MULTILINE | re.DOTALL)
+    listed = {name.split()[0].upper() for name in re.sub(r"\(.*?\)", "", line).split(", ")}
+    assert listed == {*images.FORMATS, "HEIC"}
 
 
 def test_importing_needs_neither_torch_nor_numpy():

@@ -16,14 +16,18 @@ from typing import Any
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from util.files import UserError
+from util.image_parts import drop_metadata, make_exif
 
 log = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset({
     ".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
-    ".heic", ".heif", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+    ".heic", ".heif", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 })  # fmt: skip
 HIDDEN = (".", "__MACOSX")  # what the names of hidden entries begin with
+# Pillow's names of the formats that people have photos in, the only ones that are opened: readers
+# of rare formats are where its faults are found. HEIC is one more, with its plug-in.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 MAX_PIXELS = 89_478_485  # above it Pillow warns of a decompression bomb
 # The brands of HEIC files; AVIF, of the same family, is read by Pillow itself.
 HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
@@ -77,8 +81,9 @@ def read_image(source: Any, at_least: int | None = None) -> Image.Image:
     of several frames or pages is read. `at_least` allows a faster, approximate decoding of large
     JPEGs: each side keeps at least twice that many pixels.
 
-    HEIC needs the plug-in pillow-heif. A missing file is a FileNotFoundError; anything else that
-    can't be read, or has more than `MAX_PIXELS` pixels, is a UserError with its name and reason.
+    Files and bytes are of one of `FORMATS`, or HEIC, which needs the plug-in pillow-heif. A missing
+    file is a FileNotFoundError; anything else that can't be read, has more than `MAX_PIXELS`
+    pixels, or parts that would take far longer than these, is a UserError with name and reason.
     """
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)
@@ -229,8 +234,10 @@ def is_new(path: str, root: str, visited: set[str]) -> bool:
 def read_stream(stream: Any, name: str, at_least: int | None) -> Image.Image:
     """Return the image in a seekable binary file object."""
     try:
-        with open_image(stream) as image:
+        with open_image(drop_metadata(stream)) as image:
             check_header(image)
+            if exif := image.info.get("exif"):  # Pillow would read all of it
+                image.info["exif"] = make_exif(exif)
             if at_least is not None:
                 image.draft("RGB", (2 * at_least, 2 * at_least))
             return make_upright(image)
@@ -241,7 +248,7 @@ def read_stream(stream: Any, name: str, at_least: int | None) -> Image.Image:
 def open_image(stream: Any) -> Image.Image:
     """Return the image in a file object, not decoded yet."""
     try:
-        return Image.open(stream)
+        return Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
         stream.seek(0)
         start = stream.read(12)
@@ -254,7 +261,7 @@ def open_image(stream: Any) -> Image.Image:
         raise UserError(
             "HEIC needs the plug-in pillow-heif: pip install pillow-heif, or save it as JPEG"
         ) from error
-    return Image.open(stream)
+    return Image.open(stream, formats=("HEIF",))
 
 
 def check_header(image: Image.Image) -> None:

@@ -99,7 +99,7 @@ def plan_annotated(folder: Path, places: Sequence[Path], images: Iterable[str]) 
 def is_made_by(path: str | Path, program: str) -> bool:
     """Return whether an image was written by `program`, as its EXIF block says."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=tuple(WRITABLE.values())) as image:
             return image.getexif().get(SOFTWARE) == program
     except (OSError, ValueError, SyntaxError):
         return False

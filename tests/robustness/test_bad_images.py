@@ -116,8 +116,18 @@ def test_reading_takes_at_most_24_bytes_a_pixel(kind, tmp_path):
     assert 3 < float(done.stdout) < 24, done.stderr
 
 
-def test_postscript_is_not_run(photo):
-    refused(bytes_of(photo, "EPS"), "PostScript is not read")
+@pytest.mark.parametrize("kind", ["EPS", "FITS", "ICNS", "ICO", "PCX", "PSD", "SGI", "TGA"])
+def test_a_format_that_nobody_has_photos_in_is_not_opened(kind, photo):
+    """Postscript is a program, a FITS file may unpack to all memory, and few test the others."""
+    made = {
+        "FITS": b"SIMPLE  =                    T".ljust(2880),
+        "PSD": b"8BPS\0\1" + bytes(8) + b"\0\3\0\0\0\x01\0\0\0\1\0\x08\0\3" + bytes(20),
+    }
+    content = made.get(kind) or bytes_of(photo.resize((16, 16)), kind)
+    refused(content, "no image format that is known")
+
+
+def test_postscript_that_was_opened_by_the_caller_is_not_run(photo):
     opened = Image.open(io.BytesIO(bytes_of(photo, "EPS")))
     refused(opened, "PostScript is not read", name="the image given")
 
@@ -131,13 +141,13 @@ def test_heic_names_its_plug_in_and_is_read_where_that_is_installed(photo, tmp_p
 
     def register():
         class Plug(ImageFile.ImageFile):
-            format = "TEST"
+            format = "HEIF"
 
             def _open(self):
                 self._size, self._mode = (2, 1), "RGB"
                 self.im = Image.new("RGB", (2, 1), "red").im
 
-        Image.register_open("TEST", Plug, lambda start: start[4:12] == b"ftypheic")
+        Image.register_open("HEIF", Plug, lambda start: start[4:12] == b"ftypheic")
 
     plug_in = types.SimpleNamespace(register_heif_opener=register)
     monkeypatch.setitem(sys.modules, "pillow_heif", plug_in)
