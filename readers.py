@@ -9,12 +9,13 @@ per caption and these columns; everything else is done here, once for all datase
 - `split`: a key of `SPLIT_NAMES`.
 """
 
-import errno
+import functools
 import hashlib
+import inspect
 import itertools
 import logging
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +28,8 @@ import shards
 from shards import SPLITS
 from util import files, shapes, tables, tars
 from util.files import UserError
-from util.images import HIDDEN, UNREADABLE, leads_to_folder, log_unread, read_image, report_left_out
+from util.folders import Folders, add_folders, find_file, find_images, scan_folders
+from util.images import UNREADABLE, read_image, report_left_out
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +80,7 @@ def read_flickr8k(root: Path) -> pd.DataFrame:
     captions = find_file(folders, "Flickr8k.token.txt", "captions.txt")
     karpathy = find_file(folders, "dataset_flickr8k.json", "dataset.json")
     if karpathy and not (captions and listed):
-        return read_karpathy(karpathy)
+        return read_karpathy(karpathy, folders)
     if not captions:
         names = "Flickr8k.token.txt, captions.txt, dataset_flickr8k.json"
         raise no_captions("Flickr8k", root, names)
@@ -107,13 +109,25 @@ def read_token_file(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS, dtype=object)
 
 
-def read_karpathy(path: Path, id_key: str = "filename") -> pd.DataFrame:
-    """Return the table of one of Karpathy's JSON files; `id_key` is where it has the image's id."""
+def read_karpathy(path: Path, folders: Folders, id_key: str = "filename") -> pd.DataFrame:
+    """Return the table of one of Karpathy's JSON files; `id_key` is where it has the image's id.
+
+    An image is in the folder that `filepath` names, if there is one of that name.
+    """
     value, rows = files.read_json(path), []
     try:
-        for image in value["images"]:
+        images = value["images"]
+        names = paths = [image["filename"] for image in images]
+        if all(isinstance(name, str) for name in names):  # else `group_captions` shows which
+            folder_names = [image.get("filepath") or "" for image in images]
+            paths = add_folders(folders, list(zip(folder_names, names, strict=True)))
+            shared = Counter(name for name, _ in set(zip(names, paths, strict=True)))
+        for image, name, file in zip(images, names, paths, strict=True):
+            image_id = image[id_key]
+            if id_key == "filename" and file != name and shared[name] > 1:
+                image_id = file  # images of one name in two folders
             for caption in [sentence["raw"] for sentence in image["sentences"]] or [""]:
-                rows.append((image[id_key], image["filename"], caption, image["split"]))
+                rows.append((image_id, file, caption, image["split"]))
     except MALFORMED as error:
         raise UserError(
             f'{path} is not a captions file: expected {{"images": [{{"{id_key}", "filename", '
@@ -124,37 +138,49 @@ def read_karpathy(path: Path, id_key: str = "filename") -> pd.DataFrame:
 
 def read_flickr30k(root: Path) -> pd.DataFrame:
     """Return the table of Flickr30k: Karpathy's JSON, in `root` or a folder in it."""
-    if karpathy := find_file(scan_folders(root), "dataset_flickr30k.json"):
-        return read_karpathy(karpathy)
+    folders = scan_folders(root)
+    if karpathy := find_file(folders, "dataset_flickr30k.json"):
+        return read_karpathy(karpathy, folders)
     raise no_captions("Flickr30k", root, "dataset_flickr30k.json")
 
 
-def read_coco(root: Path) -> pd.DataFrame:
+def read_coco(root: Path, splits: Sequence[str] = SPLITS) -> pd.DataFrame:
     """Return the table of COCO captions, 2014 or 2017; image ids are integers.
 
     Karpathy's `dataset_coco.json` if it is there, else the official annotations, which have no test
-    split: val is divided.
+    split: val is divided. Of these, only the files that have `splits` are read: train's takes long.
     """
     folders = scan_folders(root)
     if karpathy := find_file(folders, "dataset_coco.json"):
-        return read_karpathy(karpathy, "cocoid")
-    parts = []
+        return read_karpathy(karpathy, folders, "cocoid")
+    found = {}
     for part, split in (("train", "train"), ("val", "val/test")):
         path = find_file(folders, f"captions_{part}2014.json", f"captions_{part}2017.json")
         if path:
-            parts.append(read_coco_annotations(path).assign(split=split))
-    if not parts:
+            found[split] = path
+    if not found:
         names = "captions_train2014.json, captions_val2014.json, those of 2017, dataset_coco.json"
         raise no_captions("COCO", root, names)
-    return pd.concat(parts)
+    # Without a file of a wanted split all are read, to say which splits there are.
+    wanted = {split for split in found if set(split.split("/")) & set(splits)} or set(found)
+    return pd.concat(
+        read_coco_annotations(path, folders).assign(split=split)
+        for split, path in found.items()
+        if split in wanted
+    )
 
 
-def read_coco_annotations(path: Path) -> pd.DataFrame:
-    """Return the table of an official annotation file, without `split`."""
+def read_coco_annotations(path: Path, folders: Folders) -> pd.DataFrame:
+    """Return the table of an official annotation file, without `split`.
+
+    Images are searched for in the folder that the file names or that has its own name (train2014),
+    else in all folders.
+    """
     value, captions = files.read_json(path), defaultdict(list)
     try:
-        # Images are searched for by name in all folders, whatever folder the file names.
-        names = {int(image["id"]): Path(image["file_name"]).name for image in value["images"]}
+        places = [os.path.split(image["file_name"]) for image in value["images"]]
+        paths = add_folders(folders, places, default=path.stem.removeprefix("captions_"))
+        names = {int(image["id"]): file for image, file in zip(value["images"], paths, strict=True)}
         for each in value["annotations"]:
             captions[int(each["image_id"])].append(each["caption"])
     except MALFORMED as error:
@@ -173,7 +199,7 @@ def read_coco_annotations(path: Path) -> pd.DataFrame:
 
 def read_shapes(root: Path) -> pd.DataFrame:
     """Return the table of the synthetic shapes, which are drawn into `root` first."""
-    return read_karpathy(shapes.draw(root) / "captions.json")
+    return read_karpathy(shapes.draw(root) / "captions.json", {})
 
 
 def read_csv(root: Path) -> pd.DataFrame:
@@ -214,73 +240,12 @@ def read_table(path: Path) -> pd.DataFrame:
     return table.assign(image_id=image_ids, file=image_ids)
 
 
-# ---- finding files ---------------------------------------------------------------------------
-
-
-def scan_folders(root: Path) -> dict[Path, set[str]]:
-    """Return the names of the files in `root` and the folders in it, two levels deep.
-
-    Hidden folders and those of Macs are left out, and those that can't be read, which are logged.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"no dataset at {root}: there is no such folder; run python download_data.py flickr8k "
-            "(or coco, flickr30k), or give --data-dir, the folder that holds the dataset's files"
-        )
-    found: dict[Path, set[str]] = {}
-    level = [root]
-    for _ in range(3):
-        below = []
-        for folder in level:
-            try:
-                if not os.access(folder, os.R_OK | os.X_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
-                with os.scandir(folder) as entries:
-                    found[folder] = set()
-                    for entry in entries:
-                        if not leads_to_folder(entry):
-                            found[folder].add(entry.name)
-                        elif not entry.name.startswith(HIDDEN):
-                            below.append(folder / entry.name)
-            except OSError as error:
-                if folder == root:
-                    raise
-                log_unread(error)
-        level = sorted(below)
-    return found
-
-
-def find_file(folders: Mapping[Path, set[str]], *names: str) -> Path | None:
-    """Return the path of the first of `names` that is in any of `folders`, or None."""
-    found = (folder / name for name in names for folder in folders if name in folders[folder])
-    return next(found, None)
-
-
 def no_captions(dataset: str, root: Path, names: str) -> FileNotFoundError:
     """Return the error that says which files were searched for."""
     return FileNotFoundError(
         f"no {dataset} captions in {root} or its folders: searched for {names}; run python "
         f"download_data.py {dataset.lower()} or give --data-dir"
     )
-
-
-def find_images(root: Path, names: Sequence[str]) -> dict[str, Path]:
-    """Return the path of each image that is in `root` or a folder in it.
-
-    An image of which there are several is taken from the folder with the most images. A name may
-    be a path below a folder.
-    """
-    folders = scan_folders(root)
-    nested = {name for name in names if os.path.basename(name) != name}
-    found = {}
-    for folder in folders:
-        here = {name for name in nested if (folder / name).is_file()}
-        nested -= here
-        found[folder] = here | folders[folder].intersection(names)
-    paths: dict[str, Path] = {}
-    for folder in sorted(found, key=lambda folder: -len(found[folder])):
-        paths.update((name, folder / name) for name in found[folder] - paths.keys())
-    return paths
 
 
 # ---- splits ----------------------------------------------------------------------------------
@@ -329,7 +294,12 @@ def load_splits(
     if unknown := set(splits) - set(SPLITS):
         raise UserError(f"split {min(unknown)!r} is not known; choose from {', '.join(SPLITS)}")
     root = data_folder(dataset, data_dir)
-    images = {} if dataset == "shards" else group_captions(DATASETS[dataset], root, split_seed)
+    images = {}
+    if dataset != "shards":
+        read = DATASETS[dataset]
+        if "splits" in inspect.signature(read).parameters:  # it need not read all of its files
+            read = functools.partial(read, splits=splits)
+        images = group_captions(read, root, split_seed)
     records: dict[str, list[Record]] = {}
     for split in splits:
         try:

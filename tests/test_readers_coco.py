@@ -12,7 +12,7 @@ from helpers.tiny import as_flickr8k
 import evaluate
 import train
 from encoder import Encoder
-from readers import SplitMissingError, load_split
+from readers import SplitMissingError, load_split, load_splits
 from util import shapes
 
 
@@ -237,3 +237,108 @@ def test_ids_and_names_that_are_none_are_told(image, official):
     path.write_text(json.dumps(value | {"images": [*value["images"], image]}))
     with pytest.raises(ValueError, match=r"captions_train.* is not a COCO captions file"):
         load_split("coco", official, "train")
+
+
+# --- images of one name in several folders
+
+
+def karpathys(
+    root: Path, places: list[tuple[str, str, str]], name="dataset_flickr30k.json"
+) -> Path:
+    """Write a JSON file with an image of each (filepath, filename, split)."""
+    images = [
+        {"filepath": folder, "filename": name, "split": split, "cocoid": number,
+         "sentences": [{"raw": f"{folder} {number}"}]}
+        for number, (folder, name, split) in enumerate(places)
+    ]  # fmt: skip
+    (root / name).write_text(json.dumps({"images": images}))
+    return root
+
+
+def colours_of(dataset: str, root: Path, split: str) -> dict:
+    return {
+        record.image_id: (record.path.relative_to(root).as_posix(), record.captions)
+        for record in load_split(dataset, root, split)
+    }
+
+
+@pytest.mark.parametrize("deep", ["", "images", "photos/all"])
+def test_images_of_one_name_in_two_folders_are_two(deep, tmp_path):
+    places = [("a", "1.jpg", "train"), ("b", "1.jpg", "train"), ("b", "2.jpg", "train")]
+    for folder, name, _ in [*places, ("c", "1.jpg", ""), ("c", "2.jpg", "")]:
+        save_image(tmp_path / deep / folder / name)
+    found = colours_of("flickr30k", karpathys(tmp_path, places), "train")
+    start = f"{deep}/" if deep else ""
+    assert found == {
+        "a/1.jpg": (f"{start}a/1.jpg", ("a 0",)),
+        "b/1.jpg": (f"{start}b/1.jpg", ("b 1",)),
+        "2.jpg": (f"{start}b/2.jpg", ("b 2",)),
+    }
+
+
+def test_the_folder_that_the_json_names_counts_and_no_other(tmp_path):
+    for folder in ("train2014", "val2014"):
+        for number in range(4 if folder == "train2014" else 2):
+            save_image(tmp_path / folder / f"{number}.jpg")
+    places = [("val2014", f"{number}.jpg", "val") for number in range(3)]
+    karpathys(tmp_path, places, "dataset_coco.json")
+    found = colours_of("coco", tmp_path, "val")  # the third is missing there
+    assert [path for path, _ in found.values()] == ["val2014/0.jpg", "val2014/1.jpg"]
+
+
+@pytest.mark.parametrize("folder", ["/home/someone/val2014", "../val2014", "coco/val2014", "gone"])
+def test_a_folder_of_another_computer_is_found_by_its_last_part_or_not_needed(folder, tmp_path):
+    save_image(tmp_path / "val2014" / "1.jpg")
+    found = colours_of("flickr30k", karpathys(tmp_path, [(folder, "1.jpg", "val")]), "val")
+    assert found == {"1.jpg": ("val2014/1.jpg", (f"{folder} 0",))}
+
+
+def test_images_of_one_name_whose_folders_are_gone_are_never_mixed_up(tmp_path):
+    save_image(tmp_path / "all" / "1.jpg")
+    save_image(tmp_path / "all" / "2.jpg")
+    places = [("a", "1.jpg", "val"), ("b", "1.jpg", "val"), ("a", "2.jpg", "val")]
+    with pytest.raises(ValueError, match="2 of 3 images of the val split have no image file"):
+        load_split("flickr30k", karpathys(tmp_path, places), "val")
+
+
+@pytest.mark.parametrize("named", ["", "val2014/", "other/"])
+def test_an_official_file_has_its_own_folder_or_the_one_it_names(named, tmp_path):
+    value = annotations(range(1, 4), 2017, "val")
+    for image in value["images"]:
+        for folder in ("train2014", "val2014"):
+            save_image(tmp_path / folder / image["file_name"])
+        save_image(tmp_path / "train2014" / f"more{image['file_name']}")
+        image["file_name"] = named + image["file_name"]
+    (tmp_path / "captions_val2014.json").write_text(json.dumps(value))
+    records = load_split("coco", tmp_path, "val") + load_split("coco", tmp_path, "test")
+    assert {record.path.parent.name for record in records} == {"val2014"}
+    assert len(records) == 3
+
+
+def test_two_images_of_an_official_file_may_have_one_name_in_two_folders(tmp_path):
+    value = annotations(range(1, 4), 2017, "train")
+    for image, folder in zip(value["images"], "aab", strict=True):
+        image["file_name"] = f"{folder}/{'x' if image['id'] != 2 else 'y'}.jpg"
+        save_image(tmp_path / image["file_name"])
+    (tmp_path / "captions_train2014.json").write_text(json.dumps(value))
+    found = {record.image_id: record.path for record in load_split("coco", tmp_path, "train")}
+    assert found == {image["id"]: tmp_path / image["file_name"] for image in value["images"]}
+
+
+# --- splits that are not wanted
+
+
+def test_annotations_of_splits_that_are_not_wanted_are_not_read(official):
+    (path,) = official.glob("annotations*/captions_train*.json")
+    path.write_text("not JSON")
+    assert len(load_split("coco", official, "val")) == 5
+    assert load_splits("coco", official, splits=("val", "test")).keys() == {"val", "test"}
+    with pytest.raises(ValueError, match="is not a JSON file"):
+        load_splits("coco", official, splits=("test", "train"))
+
+
+def test_a_split_without_annotations_is_missing_and_the_others_are_named(official):
+    (path,) = official.glob("annotations*/captions_val*.json")
+    path.unlink()
+    with pytest.raises(SplitMissingError, match="no val split in .*; it holds train"):
+        load_split("coco", official, "val")
