@@ -26,15 +26,24 @@ class _CharacterMap(dict):
         category = unicodedata.category(char)
         if char in "'’ʼ":
             self[code] = "'"
-        elif category == "Cf" and char != "\u200b":
-            # Joiners, soft hyphens and direction marks are invisible and inside words. The
-            # zero-width space is of the same category, but it separates words.
+        elif char in BLANKS:
+            self[code] = " "
+        elif category in ("Cf", "Me") or _INVISIBLE.match(char):
+            # Joiners, soft hyphens, direction marks and variation selectors are invisible and
+            # inside words. Marks that enclose a character (Me) make a sign of it, as of 1️⃣.
             self[code] = ""
         else:  # letters, marks (vowel signs, accents) and digits make words
             self[code] = char if category[0] in "LMN" else " "
         return self[code]
 
 
+# Blanks and signs whose category is that of joiners or letters: the zero-width space, blank
+# letters of Hangul, ℹ as in ℹ️.
+BLANKS = "\u200b\u3164\uffa0\u2139"
+# Invisible characters of other categories than Cf: Unicode's Default_Ignorable_Code_Point.
+_INVISIBLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\ufe00-\ufe0f\U000e0000-\U000e0fff]"
+)
 _CHARACTERS = _CharacterMap()
 _WORD = re.compile(r"[^\s']+(?:'[^\s']+)*")
 
@@ -43,10 +52,23 @@ def split_words(caption: str) -> list[str]:
     """Return the words of a caption: lower-cased runs of letters, digits and inner apostrophes.
 
     Works for any script that separates words. Unicode is normalised (NFC), so that an accented
-    letter gives the same word whether it is stored as one character or as two.
+    letter gives the same word whether it is stored as one character or as two. Emoji, invisible
+    characters and combining marks without a letter give no words.
     """
-    text = unicodedata.normalize("NFC", caption.lower())
-    return _WORD.findall(text.translate(_CHARACTERS))
+    text = unicodedata.normalize("NFC", caption.lower()).translate(_CHARACTERS)
+    if not text.isascii():
+        # Once more, as something invisible may have been between a letter and its mark.
+        text = unicodedata.normalize("NFC", drop_stray_marks(text))
+    return _WORD.findall(text)
+
+
+def drop_stray_marks(text: str) -> str:
+    """Return the text without combining marks that do not follow a letter or digit."""
+    kept = " "
+    for char in text:
+        if unicodedata.category(char)[0] != "M" or kept[-1] not in " '":
+            kept += char
+    return kept[1:]
 
 
 class Vocabulary:

@@ -49,6 +49,10 @@ WORDS = {
     "狗 在 跑步。 собака бежит, कुत्ता दौड़ता है": "狗 在 跑步 。 собака бежит कुत्ता दौड़ता है",
     "강아지 犬が走る، كلب يجري עברית": "강아지 犬が走る ، كلب يجري עברית",
     "a dog 🐶 ❤ runs": "a dog ❤ runs",
+    "best day ❤️, 1️⃣ dog 👩‍👧": "best day ❤ 1 dog",
+    "co\u200boperate می\u200cخواهم \ufeffa \u200fكلب, a \u2060 b": (
+        "co operate می خواهم a كلب a b"
+    ),
     "a_b snake_case img_2051": "a_b snake_case img_2051",
     "couldn't've, he'd've, bird's-eye-view, men's/women's": (
         "could n't 've he 'd 've bird 's eye-view men 's / women 's"

@@ -6,6 +6,8 @@ import unicodedata
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vocabulary import END, PAD, START, UNK, Vocabulary, split_words
 
@@ -29,6 +31,14 @@ VOCABULARY = Vocabulary.build(LINES, 1)
         ("می\u200cخواهم co\u00adoperate \u200fكلب", "میخواهم cooperate كلب"),
         ("สวัส\u200bดี", "สวัส ดี"),
         ("👩‍👧 !!! ''' ", ""),
+        ("best day ❤️", "best day"),
+        ("1️⃣ dog #️⃣ ℹ️ sign 👍🏽 🇩🇪 🏴\U000e0067\U000e007f ☠︎", "1 dog sign"),
+        ("\ufeffa \u2060 dog\ufeff \u034f \u180b \U000e0100 \u200e", "a dog"),
+        ("do\u034fg ca\ufe00t bi\u115frd", "dog cat bird"),
+        ("a\u3164dog \u3164 \uffa0 \u2800 cat", "a dog cat"),
+        ("\u0301 best ❤\u0301 \u0301day '\u0301s, dog's\u0301", "best day s dog'ś"),
+        ("e\u00ad\u0301te\u200d\u0301", "été"),
+        ("ก\u200b\u0e34 x\u20e3 ½ e\u0301\u0323", "ก x ½ ẹ́"),
     ],
 )
 def test_words_are_runs_of_letters_marks_digits_and_inner_apostrophes(caption, expected):
@@ -43,8 +53,19 @@ def test_composed_and_decomposed_letters_give_the_same_words():
 
 
 def test_splitting_words_again_changes_nothing():
-    caption = "The dog's 'red' ball – Ελλάδα, 東京 İstanbul naïve Über-cool 3½"
+    caption = (
+        "The dog's 'red' ball – Ελλάδα, 東京 İstanbul naïve Über-cool 3½ ❤️\u0301 e\u00ad\u0301"
+    )
     assert split_words(" ".join(split_words(caption))) == split_words(caption)
+
+
+@given(st.text("aé'\u0301\u200b\u200d\ufe0f\u3164\u034f\u20e3 ❤1ि") | st.text())
+def test_no_word_is_invisible_begins_with_a_mark_or_changes_when_split_again(caption):
+    words = split_words(caption)
+    assert split_words(" ".join(words)) == words
+    for word in words:
+        kinds = [unicodedata.category(char)[0] for char in word]
+        assert kinds[0] in "LN" and set(kinds) - {"P"} <= set("LMN")
 
 
 # --- vocabulary

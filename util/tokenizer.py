@@ -161,7 +161,7 @@ def _replace_sign(match: re.Match) -> str:
     kind = unicodedata.category(sign)
     if kind[0] in "CZ" or sign in DROPPED_SIGNS or sign > "\uffff":
         return " "
-    if "\ufe00" <= sign <= "\ufe0f":  # says only how the sign before it is drawn
+    if "\ufe00" <= sign <= "\ufe0f" or kind == "Me":  # says only how the sign before it is drawn
         return ""
     # Vowel signs and accents (M) belong to their letters: Hindi and Thai words stay in one piece.
     return sign if kind[0] in "LM" or kind == "Nd" or sign in "‐‑" else f" {sign} "
