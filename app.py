@@ -39,7 +39,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
 THREADS = 16  # requests handled at a time; captioning has a limit of its own
 CONNECTIONS = 64
 MAX_WAIT = 60.0  # seconds that an image waits for its turn
-MAX_SECONDS = 20.0  # that reading an image may take; the largest photos take 3
+MAX_SECONDS = 20.0  # that reading an image may take; the slowest JPEG that is read takes 10
 MEGABYTE = 1_000_000
 FORM_BYTES = 500_000  # allowed in a form besides the image; werkzeug reads in blocks of 64 KiB
 
