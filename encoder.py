@@ -12,6 +12,7 @@ import math
 import re
 import socket
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from PIL.Image import Resampling
 from torch import Tensor, nn
 
 from util.files import IDENTITY, UserError
+from util.states import check_torch_file
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in torchvision
 TRANSFORM = "squash-bilinear-imagenet"  # name of the evaluation transform in caches and model files
@@ -366,9 +368,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if zipfile.is_zipfile(path):  # older files are not, and are read as they are
+            check_torch_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
+    except UserError as error:
+        raise UserError(f"{path} is not a readable state dict: {error}") from error
     except Exception as error:  # a damaged pickle can raise anything
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         reason = f"holds {found[1]}, not only tensors" if found else "is damaged, or something else"

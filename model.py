@@ -4,6 +4,7 @@ B images · S image positions · C backbone channels · D model width · T words
 M captions in a batch
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -109,7 +110,8 @@ class CaptionModel(nn.Module):
         """
         from safetensors.torch import save
 
-        metadata |= {
+        metadata = {
+            **metadata,
             "format": FORMAT,
             "model": {
                 "cnn_backbone": self.encoder.name,
@@ -125,7 +127,8 @@ class CaptionModel(nn.Module):
             name: (to_half(tensor) if half else tensor).contiguous()
             for name, tensor in self.state_dict().items()
         }
-        header = {key: json.dumps(value, ensure_ascii=False) for key, value in metadata.items()}
+        metadata["digest"] = digest(metadata, tensors)
+        header = {key: to_json(value) for key, value in metadata.items()}
         files.write_bytes(path, save(tensors, header))
 
     @classmethod
@@ -135,7 +138,7 @@ class CaptionModel(nn.Module):
         Raises FileNotFoundError where there is none, UserError where it is not such a file.
         """
         path = checkpoint_file(path)
-        metadata = read_metadata(path)
+        metadata, expected = read_header(path)
         try:
             with torch.device("meta"):  # no memory, no random weights: the file has the weights
                 model = cls.from_metadata(metadata)
@@ -145,7 +148,8 @@ class CaptionModel(nn.Module):
                 f"{path} does not describe a model that this version can build ({reason}); use the "
                 "version of the project that wrote it"
             ) from error
-        model.load_state_dict(read_tensors(path, model.state_dict()), assign=True)
+        tensors = read_tensors(path, model.state_dict(), metadata, expected)
+        model.load_state_dict(tensors, assign=True)
         return model.to(device).to(memory_format=torch.channels_last).eval()
 
     @classmethod
@@ -159,11 +163,7 @@ class CaptionModel(nn.Module):
         EncoderConfig(name, img_size=img_size, grid=grid).validate()
         config = DecoderConfig(**sizes)
         config.validate()
-        if not isinstance(words, list) or not all(
-            isinstance(word, str) and word.isprintable() for word in words
-        ):  # a terminal would obey control characters
-            raise UserError("its vocabulary is not a list of words")
-        return cls(Encoder(name, trained, grid), config, Vocabulary(words), img_size)
+        return cls(Encoder(name, trained, grid), config, Vocabulary.from_file(words), img_size)
 
 
 def to_half(tensor: Tensor) -> Tensor:
@@ -340,6 +340,11 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     It has the keys `model` (what it is built of) and `vocabulary`, and if train.py wrote the file
     `scores` and `training`. Raises UserError where the file is damaged, or not a model file.
     """
+    return read_header(path)[0]
+
+
+def read_header(path: str | Path) -> tuple[dict[str, Any], str | None]:
+    """Return `read_metadata` and the digest of the file, None if it is of an earlier version."""
     from safetensors import SafetensorError, safe_open
 
     path = checkpoint_file(path)
@@ -358,19 +363,44 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
                 f"{found}, expected {json.dumps(FORMAT)}; train it again, or use the version of "
                 "the project that wrote it"
             )
-        return {key: json.loads(value) for key, value in header.items()}
-    except (SafetensorError, json.JSONDecodeError, RecursionError) as error:
+        metadata = {key: json.loads(value) for key, value in header.items()}
+        return metadata, metadata.pop("digest", None)
+    except (SafetensorError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{path} is not a model file, or is cut short ({error}); expected a .safetensors "
             "file written by train.py"
         ) from error
 
 
-def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_json(value: Any) -> str:
+    """Return the text of a value in the header of a model file."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def digest(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of a model file's header and tensors, in hex digits.
+
+    It covers what the file means, not its layout: another writer may order it differently.
+    """
+    found = hashlib.sha256()
+    for key in sorted(metadata):
+        found.update(f"{key}={to_json(metadata[key])}\n".encode("utf-8", "surrogatepass"))
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy())  # NumPy has no bfloat16
+    return found.hexdigest()
+
+
+def read_tensors(
+    path: Path, expected: dict[str, Tensor], metadata: dict[str, Any], written: str | None
+) -> dict[str, Tensor]:
     """Return the tensors of a model file, with the types of those `expected`.
 
-    Raises UserError where names or shapes differ from those expected, or a tensor holds infinity
-    or NaN.
+    Raises UserError where names or shapes differ from those expected, a tensor holds infinity or
+    NaN, or the file's digest is not the one `written` in its header.
     """
     from safetensors.torch import load_file
 
@@ -388,6 +418,7 @@ def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
             break
     if problem:
         raise UserError(f"{path} has other weights than its header says: {problem}")
+    is_whole = written is None or written == digest(metadata, tensors)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() != expected[name].is_floating_point():
             raise UserError(f"{path} is damaged: {name} holds {tensor.dtype}")
@@ -395,4 +426,9 @@ def read_tensors(path: Path, expected: dict[str, Tensor]) -> dict[str, Tensor]:
         tensors[name] = tensor.to(expected[name].dtype, copy=True)
         if not tensors[name].isfinite().all():
             raise UserError(f"{path} is damaged: {name} holds infinity or NaN")
+    if not is_whole:
+        raise UserError(
+            f"{path} is damaged: its content is not what was written (another SHA-256 than its "
+            "header says); copy or download it again, or export it from the run again"
+        )
     return tensors

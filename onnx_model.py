@@ -7,27 +7,27 @@ beside it turns the last words and the state into log-probabilities and the next
 word. The metadata of the first hold the vocabulary and how images are prepared.
 """
 
-import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from decoder import MAX_SIZES
 from decoding import State
-from encoder import MEAN, STD, TRANSFORM, fingerprint, fold_batch_norm
+from encoder import LEAST_SIZE, MEAN, MOST_SIZE, STD, TRANSFORM, fingerprint, fold_batch_norm
 from masks import NEVER
 from model import CaptionModel
 from util import files
 from util.files import UserError
+from util.graphs import Graph, needs_packages, open_graph
 from vocabulary import END, START, Vocabulary
 
 FORMAT = "image-captioning onnx 1"
@@ -36,26 +36,12 @@ FORMAT = "image-captioning onnx 1"
 # --- running
 
 
-class Session(NamedTuple):
-    """A graph in onnxruntime, and the names of its inputs and outputs."""
-
-    session: Any
-    inputs: list[str]
-    outputs: list[str]
-
-    def __call__(self, *tensors: Tensor) -> list[Tensor]:
-        """Return the graph's outputs for its inputs, both in the graph's order."""
-        arrays = (np.ascontiguousarray(tensor.numpy()) for tensor in tensors)
-        feed = dict(zip(self.inputs, arrays, strict=True))
-        return [torch.from_numpy(array) for array in self.session.run(self.outputs, feed)]
-
-
 class OnnxDecoder:
     """`start` and `step` for `decoding`, computed by onnxruntime."""
 
-    def __init__(self, session: Session, shared: int):
-        """`shared`: how many tensors of the state belong to an image, not to a beam."""
-        self.session, self.shared = session, shared
+    def __init__(self, graph: Graph, shared: int, words: int):
+        """`shared`: how many tensors of the state belong to an image, not to a beam; `words`: V."""
+        self.graph, self.shared, self.words = graph, shared, words
 
     def start(self, memory: tuple[Tensor, ...]) -> State:
         """Return the state before the first word, which the other graph has computed."""
@@ -63,7 +49,14 @@ class OnnxDecoder:
 
     def step(self, token: Tensor, state: State) -> tuple[Tensor, State]:
         """Return log-probabilities (B, K, V) after `token` (B, K), and the next state."""
-        log_probs, *beam = self.session(token, *state.image, *state.beam)
+        log_probs, *beam = self.graph(token, *state.image, *state.beam)
+        shapes = [log_probs.shape[:2], *(each.shape[:2] for each in beam)]
+        fit = log_probs.shape[-1] == self.words and all(each == token.shape for each in shapes)
+        # Not for NaN either; rounding may give a little more than 0.
+        if not fit or not log_probs.amax() <= 0.01:
+            raise UserError(
+                f"{self.graph.path} does not compute log-probabilities of words; export it again"
+            )
         return log_probs, State(state.image, tuple(beam))
 
 
@@ -74,21 +67,28 @@ class OnnxModel(nn.Module):
         """Open `path` and the step graph beside it.
 
         Raises FileNotFoundError where one is missing, UserError where they are not such graphs, or
-        of different models, and where onnxruntime is not installed.
+        of different models, and where a package of ONNX is not installed.
         """
         super().__init__()
         path = Path(path)
-        self.image_session, metadata = open_session(path)
+        self.graph, metadata = open_captioner(path)
         if "shared" not in metadata:
             raise UserError(f"{path} holds the graph of a step; name the other file, model.onnx")
-        step_session, step_metadata = open_session(step_file(path))
-        if metadata["model"] != step_metadata["model"]:
+        step_graph, step_metadata = open_captioner(step_file(path))
+        if metadata.get("model") != step_metadata.get("model"):
             raise UserError(
                 f"{path} and {step_file(path)} are of different models; export both again: "
                 f"python export.py RUN {path}"
             )
-        self.decoder = OnnxDecoder(step_session, metadata["shared"])
-        self.vocabulary = Vocabulary(metadata["vocabulary"][len(Vocabulary.SPECIALS) :])
+        try:
+            self.vocabulary = check_metadata(metadata)
+            check_signatures(self.graph, step_graph, metadata)
+        except UserError as error:
+            raise UserError(
+                f"{path} is not a captioner that this version can use: {error}; export it again: "
+                f"python export.py RUN {path}"
+            ) from error
+        self.decoder = OnnxDecoder(step_graph, metadata["shared"], len(self.vocabulary))
         self.config = SimpleNamespace(seq_len=metadata["max_words"])
         self.encoders = [(self, metadata["picture"]["size"])]
         # Callers ask a model's parameters for its device.
@@ -96,7 +96,10 @@ class OnnxModel(nn.Module):
 
     def encode(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the tensors of the state before the first word, of `images` (B, 3, H, W)."""
-        return tuple(self.image_session(images))
+        memory = tuple(self.graph(images))
+        if any(tensor.shape[0] != len(images) for tensor in memory):
+            raise UserError(f"{self.graph.path} mixes images up; export it again")
+        return memory
 
     def attention_maps(self, memory: tuple[Tensor, ...], tokens: Tensor) -> None:
         """Return None: the graphs do not output attention."""
@@ -125,41 +128,77 @@ def step_file(path: Path) -> Path:
     return path.with_suffix(".step.onnx")
 
 
-def open_session(path: Path) -> tuple[Session, dict[str, Any]]:
-    """Return the graph in `path`, ready to run, and its metadata."""
-    with needs_packages():
-        import onnxruntime as runtime
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no graph at {path}: a captioner in ONNX is two files, model.onnx and "
-            "model.step.onnx; write them with python export.py RUN model.onnx"
-        )
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    try:
-        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's errors have no common class
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a graph that onnxruntime can run ({reason})") from error
-    metadata = session.get_modelmeta().custom_metadata_map
-    if metadata.get("format") != json.dumps(FORMAT):
+def open_captioner(path: Path) -> tuple[Graph, dict[str, Any]]:
+    """Return the graph in `path`, ready to run, and its metadata; UserError if it is not ours."""
+    graph = open_graph(path)
+    found = graph.metadata.get("format", "none")[:60]
+    if found != json.dumps(FORMAT):
         raise UserError(
-            f"{path} is not a captioner of this version: its format is {metadata.get('format')}, "
+            f"{path} is not a captioner of this version: its format is {found}, "
             f"expected {json.dumps(FORMAT)}; write it with python export.py RUN {path}"
         )
-    inputs = [each.name for each in session.get_inputs()]
-    outputs = [each.name for each in session.get_outputs()]
-    values = {key: json.loads(value) for key, value in metadata.items()}
-    return Session(session, inputs, outputs), values
-
-
-@contextlib.contextmanager
-def needs_packages() -> Iterator[None]:
-    """Raise UserError, which says what to install, where a package of ONNX can't be imported."""
     try:
-        yield
-    except ImportError as error:
-        raise UserError(f"ONNX needs {error.name}: pip install -r requirements-onnx.txt") from error
+        return graph, {key: json.loads(value) for key, value in graph.metadata.items()}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its metadata are not JSON ({error})") from error
+
+
+def check_metadata(metadata: dict[str, Any]) -> Vocabulary:
+    """Return the vocabulary in the metadata of an image graph, which may be a stranger's.
+
+    Raises UserError for metadata that this version would not write.
+    """
+    words, picture = metadata.get("vocabulary"), metadata.get("picture")
+    specials = len(Vocabulary.SPECIALS)
+    if not isinstance(words, list) or tuple(words[:specials]) != Vocabulary.SPECIALS:
+        raise UserError("its vocabulary is not a list of words")
+    size = picture.get("size") if isinstance(picture, dict) else None
+    limits = {
+        "shared": (metadata.get("shared"), 0, 2**16),
+        "max_words": (metadata.get("max_words"), 1, MAX_SIZES["seq_len"]),
+        "size": (size, LEAST_SIZE, MOST_SIZE),
+    }
+    for name, (value, least, most) in limits.items():
+        if type(value) is not int or not least <= value <= most:
+            raise UserError(f"its {name} is not a number between {least} and {most}")
+    for name, value in describe(size).items():
+        if metadata.get(name) != value:
+            raise UserError(f"its {name} is not {value}")
+    return Vocabulary.from_file(words[specials:])
+
+
+def check_signatures(image: Graph, step: Graph, metadata: dict[str, Any]) -> None:
+    """Raise UserError where inputs and outputs are not those that `write_onnx` writes."""
+    shared, size = metadata["shared"], metadata["picture"]["size"]
+    beam = [f"beam.{number}" for number in range(len(image.outputs) - shared)]
+    state = [*(f"image.{number}" for number in range(shared)), *beam]
+    if not beam:
+        raise UserError("it has no state of a beam")
+    for name, found, expected in (
+        ("inputs", image.inputs, ["images"]),
+        ("outputs", image.outputs, state),
+        ("inputs of a step", step.inputs, ["token", *state]),
+        ("outputs of a step", step.outputs, ["log_probs", *(f"next_{each}" for each in beam)]),
+    ):
+        if [each.name for each in found] != expected:
+            raise UserError(f"its {name} are not {', '.join(expected)}")
+    for place in (*image.inputs, *image.outputs, *step.inputs[1:], *step.outputs):
+        # A beam's state has the axes of images and beams, at least.
+        if place.type != "tensor(float)" or len(place.shape or ()) < 2:
+            raise UserError(f"its {place.name} is not a tensor of numbers for each image")
+    if step.inputs[0].type != "tensor(int64)":
+        raise UserError("its token is not a whole number")
+    words = len(metadata["vocabulary"])
+    for place, sizes in (
+        (image.inputs[0], (None, 3, size, size)),
+        (step.inputs[0], (None, None)),
+        (step.outputs[0], (None, None, words)),
+    ):
+        fixed = [each if isinstance(each, int) else None for each in place.shape]
+        if len(fixed) != len(sizes) or any(
+            own not in (None, wanted) for own, wanted in zip(fixed, sizes, strict=True)
+        ):
+            raise UserError(f"its {place.name} has another shape than its metadata say")
 
 
 # --- writing
@@ -225,16 +264,24 @@ def write_onnx(model: CaptionModel, output: Path, training_info: dict[str, Any])
     )
     preparation = {
         "vocabulary": model.vocabulary.words,
-        "start": START,
-        "end": END,
-        "never": NEVER,
         "max_words": model.config.seq_len,
-        "picture": {"size": model.img_size, "transform": TRANSFORM, "mean": MEAN, "std": STD},
+        **describe(model.img_size),
         "shared": len(start.image),
     }
     write_graph(output, image_graph, metadata | preparation)
     write_graph(step_file(output), step_graph, metadata)
     return [output, step_file(output)]
+
+
+def describe(img_size: int) -> dict[str, Any]:
+    """Return the metadata that are the same for all models, but for the size of their images."""
+    transform = {"transform": TRANSFORM, "mean": list(MEAN), "std": list(STD)}
+    return {
+        "start": START,
+        "end": END,
+        "never": list(NEVER),
+        "picture": {"size": img_size, **transform},
+    }
 
 
 def trace(

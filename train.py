@@ -219,7 +219,11 @@ def train(config: Config) -> dict[str, Any]:
             if state := load_state(folder):
                 trainer.load(state)
             else:
-                print(f"{folder} has no training state yet: training starts with the first step")
+                check_not_begun(folder)
+                print(
+                    f"{files.printable(folder)} has no training state yet: training starts with "
+                    "the first step"
+                )
             write_config(folder, config)
         print_start(config, model, records, folder)
         with Interrupts() as interrupts:
@@ -231,9 +235,38 @@ def train(config: Config) -> dict[str, Any]:
             except StoppedError:
                 write_state(folder, trainer)
                 print(
-                    f"stopped after step {trainer.step_number}; go on: --resume --output {folder}"
+                    f"stopped after step {trainer.step_number}; go on: --resume --output "
+                    f"{files.printable(folder)}"
                 )
                 raise KeyboardInterrupt from None
+
+
+def check_not_begun(folder: Path) -> None:
+    """Raise UserError where a run without a state has a model, which a new start would replace.
+
+    The model of the first epoch may be there: a run can be killed before its state is saved.
+    """
+    if not (folder / "best.safetensors").exists():
+        return
+    scores = read_metadata(folder).get("scores")
+    if not isinstance(scores, dict) or scores.get("epoch") not in (0, 1):
+        raise UserError(
+            f"{folder} has a best.safetensors but no last.pt, so the run can't go on; start "
+            f"another from its best weights: --init-from {folder}"
+        )
+
+
+def load_best(folder: Path, trainer: Trainer) -> CaptionModel:
+    """Return the best model of the run; UserError where best.safetensors is another's."""
+    best, own = CaptionModel.load(folder, trainer.device), trainer.model
+    kinds = [(m.config.decoder, m.vocabulary, m.encoder.name, m.img_size) for m in (best, own)]
+    shapes = [{name: each.shape for name, each in m.state_dict().items()} for m in (best, own)]
+    if kinds[0] != kinds[1] or shapes[0] != shapes[1]:
+        raise UserError(
+            f"{folder / 'best.safetensors'} is not a model of this run; put its own back, or start "
+            "a new run"
+        )
+    return best
 
 
 def start_self_critical(trainer: Trainer, folder: Path) -> bool:
@@ -241,7 +274,7 @@ def start_self_critical(trainer: Trainer, folder: Path) -> bool:
     if trainer.critical or not trainer.config.scst_epochs:
         return False
     if trainer.epoch:  # there was a first stage, or else the weights are those of --init-from
-        best = CaptionModel.load(folder, trainer.device)
+        best = load_best(folder, trainer)
         trainer.model.load_state_dict(best.state_dict())
     trainer.start_stage(critical=True)
     # Now: if the run is killed later, its best model may already be one of this stage.
@@ -332,7 +365,7 @@ def finish(
     Returns them by split, on the main process.
     """
     # The only time that the test split is used, after validation has chosen the model.
-    model, decoding = CaptionModel.load(folder, trainer.device), DecodingConfig()
+    model, decoding = load_best(folder, trainer), DecodingConfig()
     report: dict[str, Any] = {}
     for split in ("val", "test"):
         if split not in records:
@@ -346,13 +379,13 @@ def finish(
             print(f"{split}, {len(records[split])} images, beam {decoding.beam_size}")
             print_scores(scores)
             for image_id in list(captions)[:3]:
-                print(f"    {image_id}: {captions[image_id]}")
+                print(f"    {files.printable(f'{image_id}: {captions[image_id]}')}")
     if not distributed.is_main():
         return {}
     test_loss = report.get("test", {}).get("loss")
     plots.learning_curve(folder / "learning_curve.png", trainer.rows, test_loss)
     files.write_json(folder / "scores.json", report)
-    print(f"caption an image: python inference.py IMAGE --checkpoint {folder}")
+    print(f"caption an image: python inference.py IMAGE --checkpoint {files.printable(folder)}")
     return report
 
 
@@ -386,7 +419,8 @@ def write_samples(path: Path, records: Sequence[Record], captions: dict[Any, str
 def training_info(config: Config) -> dict[str, Any]:
     """Return the flags for the model file: how it was trained, without paths of this machine."""
     flags = flatten(config)
-    for name in ("data_dir", "cache_dir", "output", "resume", "device", "workers"):
+    own = ("data_dir", "allow_commands", "cache_dir", "output", "resume", "device", "workers")
+    for name in own:
         del flags[name]
     if init_from := flags["init_from"]:  # how that model was trained, in place of its path
         flags["init_from"] = read_metadata(init_from).get("training")
@@ -400,7 +434,7 @@ def print_start(config: Config, model: CaptionModel, records: Records, folder: P
     print(f"{config.data.dataset}: {images} images, {len(model.vocabulary)} words")
     print(
         f"{model.encoder.name} + {config.decoder.decoder}, {trainable / 1e6:.1f} million weights "
-        f"to train, on {next(model.parameters()).device}; run folder {folder}",
+        f"to train, on {next(model.parameters()).device}; run folder {files.printable(folder)}",
         flush=True,
     )
 

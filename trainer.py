@@ -286,7 +286,11 @@ class Trainer:
                 f"the CNN's weights are {encoder}, but the run began with {state['encoder']}; give "
                 "the same --cnn-weights"
             )
-        if different := state["weights"].keys() ^ self.trainable.keys():
+        for part in ("weights", "average"):
+            for name in state[part].keys() & self.trainable.keys():
+                check_like(state[part][name], self.trainable[name], f"{name} of its {part}")
+        found = state["weights"].keys(), state["average"].keys()
+        if different := set().union(*(names ^ self.trainable.keys() for names in found)):
             raise UserError(
                 f"the run was begun by another version of the project ({min(different)} is only in "
                 "one of them); go on with that version, or start a new run"
@@ -295,11 +299,18 @@ class Trainer:
         self.critical = state.get("critical", False)
         self.optimizer = self.build_optimizer()
         # Learning rates and decay are the command line's, which may have changed.
-        flags = [{key: group[key] for key in ("peak", "weight_decay")}
+        flags = [{key: value for key, value in group.items() if key != "params"}
                  for group in self.optimizer.param_groups]  # fmt: skip
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise not_of_this_run(f"its optimizer: {str(error)[:100]}") from error
         for group, own in zip(self.optimizer.param_groups, flags, strict=True):
             group |= own
+            for parameter in group["params"]:
+                moments = self.optimizer.state.get(parameter)
+                for name in ("exp_avg", "exp_avg_sq") if moments else ():
+                    check_like(moments.get(name), parameter, f"{name} of its optimizer")
         self.average = {name: value.to(self.device) for name, value in state["average"].items()}
         for name in self.COUNTERS:  # runs of older versions have fewer
             setattr(self, name, state.get(name, getattr(self, name)))
@@ -310,6 +321,22 @@ class Trainer:
         if distributed.is_main():  # the sums are added up over the processes
             self.nll.fill_(state["nll"])
             self.sums = {name: float(state.get(name, 0)) for name in self.SUMS}
+
+
+def check_like(found: Any, own: Tensor, what: str) -> None:
+    """Raise UserError where a tensor of last.pt has another shape or type than the run's own."""
+    if not isinstance(found, Tensor) or (found.shape, found.dtype) != (own.shape, own.dtype):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else "no tensor"
+        raise not_of_this_run(f"{what} is {shape}, expected {tuple(own.shape)}")
+    if not found.isfinite().all():
+        raise not_of_this_run(f"{what} holds infinity or NaN")
+
+
+def not_of_this_run(problem: str) -> UserError:
+    return UserError(
+        f"last.pt is damaged, or not of this run ({problem}); start another run from the best "
+        "weights of this one: --init-from RUN"
+    )
 
 
 def wrap_model(model: CaptionModel, compiled: bool) -> nn.Module:

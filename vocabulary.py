@@ -8,6 +8,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -141,10 +142,19 @@ class Vocabulary:
     def load(cls, path: str | Path) -> "Vocabulary":
         """Return the vocabulary that `save` wrote; raises UserError where the file is not one."""
         value = files.read_json(path)
-        known = value.get("words") if isinstance(value, dict) else None
-        if not isinstance(known, list) or not all(isinstance(word, str) for word in known):
-            raise UserError(f'{path} is not a vocabulary: expected {{"words": ["a", …]}}')
         try:
-            return cls(known)
+            return cls.from_file(value.get("words") if isinstance(value, dict) else None)
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{path} is not a vocabulary: {error}") from error
+
+    @classmethod
+    def from_file(cls, known: Any) -> "Vocabulary":
+        """Return the vocabulary of the words of a file, which may be a stranger's.
+
+        Raises UserError where `known` is not a list of different words.
+        """
+        if not isinstance(known, list) or not all(
+            isinstance(word, str) and word.isprintable() for word in known
+        ):  # a terminal would obey control characters
+            raise UserError("its vocabulary is not a list of words in printable characters")
+        return cls(known)

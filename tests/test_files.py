@@ -550,3 +550,45 @@ def test_json_written_to_stdout_reaches_it(tmp_path):
         pytest.skip("no /dev/stdout here")
     code, out, err = finished(child("files.write_json('/dev/stdout', [1])"))
     assert (code, json.loads(out), err) == (0, [1], "")
+
+
+# --- text from outside
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b]0;owned\x07.jpg", r"\x1b]0;owned\x07.jpg"),
+        ("a\x9b2Jb\x7f\r\n\t", r"a\x9b2Jb\x7f\r\n\t"),
+        ("photo\u202egpj.exe", r"photo\u202egpj.exe"),
+        ("\u2066a\u2069 \u200f\u061c\u2028\ufeff", r"\u2066a\u2069 \u200f\u061c\u2028\ufeff"),
+        ("\udcff.png", r"\udcff.png"),
+        ("Bild 5.30\u202fPM\u3000é 狗 می\u200cخواهم 👨\u200d👩 ", None),  # names that people have
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown_as_an_escape(text, shown):
+    assert files.printable(text) == (text if shown is None else shown)
+
+
+def test_a_bugs_message_cannot_move_the_cursor(capsys):
+    with pytest.raises(SystemExit):
+        files.run(raising(RuntimeError("a\x1b[2Jb\nsecond")))
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and r"RuntimeError: a\x1b[2Jb" in said.splitlines()
+
+
+def test_only_an_earlier_file_of_the_same_content_may_be_replaced(tmp_path):
+    path = tmp_path / "scores.json"
+
+    def check(is_earlier):
+        files.check_replaceable(path, is_earlier, "scores")
+
+    check(pytest.fail)  # there is none
+    path.touch()
+    check(pytest.fail)  # empty: nothing is lost
+    path.write_text("notes")
+    check(lambda found: found == path)
+    for refuses in (lambda _: False, files.read_json):
+        with pytest.raises(files.UserError, match=r"scores\.json is there, and does not hold sco"):
+            check(refuses)
+    files.check_replaceable(None, pytest.fail, "scores")

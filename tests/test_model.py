@@ -8,6 +8,8 @@ import pickle
 
 import pytest
 import torch
+from helpers.tiny import tiny_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -368,3 +370,53 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(saved, monkeypatch):
         build().save(saved)
     assert saved.read_bytes() == before
     assert [each.name for each in saved.parent.iterdir()] == [saved.name]
+
+
+# --- a file that has changed since it was written
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    path = tmp_path_factory.mktemp("digest") / "model.safetensors"
+    tiny_model().save(path, scores={"CIDEr": 0.5}, training={"text": "é", "lr": float("inf")})
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_model_file_that_is_as_it_was_written_is_loaded(half, tmp_path):
+    path = tmp_path / "model.safetensors"
+    tiny_model().save(path, half=half)
+    CaptionModel.load(path)
+    assert "digest" not in read_metadata(path)  # it is of the file, not of the model
+
+
+def test_a_flipped_bit_anywhere_in_the_weights_is_noticed(kept, tmp_path):
+    path = tmp_path / "model.safetensors"
+    start = 8 + int.from_bytes(kept[:8], "little")
+    places = [*range(start, len(kept), (len(kept) - start) // 60), len(kept) - 1]
+    for number, place in enumerate(places):
+        content = bytearray(kept)
+        content[place] ^= 1 << number % 8
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+            CaptionModel.load(path)
+
+
+def test_a_changed_word_or_score_in_the_header_is_noticed(kept, tmp_path):
+    path = tmp_path / "model.safetensors"
+    changes = {b"circle": b"circla", b"0.5": b"0.7", b'n_head\\": 2': b'n_head\\": 4'}
+    for old, new in changes.items():
+        assert kept.count(old) >= 1
+        path.write_bytes(kept.replace(old, new))
+        with pytest.raises(ValueError, match=r"is damaged: its content is not what was written"):
+            CaptionModel.load(path)
+
+
+def test_a_file_of_an_earlier_version_has_no_digest_and_is_loaded(kept, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(kept)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    assert len(header.pop("digest")) == 66  # hex digits in quotes
+    save_file(load_file(path), path, header)
+    assert CaptionModel.load(path).vocabulary == tiny_model().vocabulary

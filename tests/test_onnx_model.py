@@ -11,7 +11,9 @@ from helpers.tiny import picture, run_script, tiny_model
 import evaluate
 import export
 import inference
+from encoder import MEAN, STD, TRANSFORM
 from inference import Captioner
+from util import files
 
 HOWS = (
     {"method": "greedy", "n": 1},
@@ -179,3 +181,150 @@ def test_what_torch_cannot_write_is_one_line_and_leaves_no_file(run, tmp_path, m
     code, _, said = run_script(export, run, tmp_path / "model.onnx", capsys=capsys)
     assert code == 2 and said.count("\n") == 1 and "can't write this model as ONNX" in said
     assert not list(tmp_path.iterdir())
+
+
+# --- graphs of strangers
+
+
+def changed(exported, folder, *, step=False, change=lambda graph: None, **metadata):
+    """Write the captioner with its image graph, or the one of a step, changed; return its path.
+
+    `metadata` are texts; None removes one.
+    """
+    onnx = pytest.importorskip("onnx")
+    target = folder / "model.onnx"
+    shutil.copy(exported[1], target)
+    shutil.copy(exported[1].with_suffix(".step.onnx"), target.with_suffix(".step.onnx"))
+    path = target.with_suffix(".step.onnx") if step else target
+    graph = onnx.load(path)
+    held = {each.key: each.value for each in graph.metadata_props} | metadata
+    del graph.metadata_props[:]
+    for key, value in held.items():
+        if value is not None:
+            graph.metadata_props.add(key=key, value=value)
+    change(graph)
+    onnx.save(graph, path)
+    return target
+
+
+WORDS = ["<pad>", "<start>", "<end>", "<unk>", *tiny_model().vocabulary.words[4:]]
+PICTURE = {"size": 64, "transform": TRANSFORM, "mean": list(MEAN), "std": list(STD)}
+METADATA = [
+    *[(name, None) for name in ("format", "model", "vocabulary", "max_words", "picture", "start")],
+    *[(name, "no JSON") for name in ("vocabulary", "picture", "more")],
+    ("vocabulary", "[" * 10**5), ("vocabulary", "3"), ("vocabulary", '{"a": 1}'),
+    ("vocabulary", json.dumps(WORDS[:4])), ("vocabulary", json.dumps([*WORDS, "more"])),
+    ("vocabulary", json.dumps(WORDS[4:])), ("vocabulary", json.dumps([*WORDS[:-1], "a"])),
+    ("vocabulary", json.dumps([*WORDS[:-1], 3])),
+    ("vocabulary", json.dumps([*WORDS[:-1], "\x1b]0;owned\x07"])),
+    ("vocabulary", json.dumps([*WORDS[:-1], "\u202egpj"])),
+    *[("max_words", value) for value in ("0", "-1", "1e9", '"8"', "100000000", "true", "null")],
+    *[("shared", value) for value in ("-1", "4", "3", "0", '"2"', "true", "1e400", "[2]")],
+    *[("picture", json.dumps(PICTURE | part)) for part in (
+        {"size": 10**6}, {"size": -64}, {"size": "64"}, {"size": 128}, {"size": [64]},
+        {"transform": "crop"}, {"mean": [0, 0, 0]}, {"std": None},
+    )],
+    ("picture", "[]"), ("start", "2"), ("end", "11"), ("never", "[]"), ("model", '"other"'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "value"), METADATA, ids=lambda value: str(value)[:20])
+def test_metadata_that_this_version_would_not_write_are_one_line(
+    name, value, exported, tmp_path, capfd
+):
+    path = changed(exported, tmp_path, **{name: value})
+    with pytest.raises(files.UserError) as error:
+        Captioner.load(path)
+    said = files.one_line(str(error.value))
+    assert "model.onnx" in said and len(said) < 400 + 3 * len(str(tmp_path))
+    assert capfd.readouterr() == ("", "")
+
+
+def rename(places, old, new):
+    next(each for each in places if each.name == old).name = new
+
+
+def widen(graph):
+    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+
+
+SIGNATURES = {
+    "an input of another name": (True, lambda g: rename_everywhere(g, "token", "word")),
+    "outputs in another order": (True, lambda g: reorder(g.graph.output)),
+    "an output too few": (True, lambda g: g.graph.output.pop()),
+    "an image output too few": (False, lambda g: g.graph.output.pop()),
+    "a graph for one image": (False, widen),
+    "a token of floats": (True, lambda g: float_token(g)),
+}
+
+
+def rename_everywhere(graph, old, new):
+    rename(graph.graph.input, old, new)
+    for node in graph.graph.node:
+        node.input[:] = [new if name == old else name for name in node.input]
+
+
+def reorder(places):
+    first = places.pop(0)
+    places.append(first)
+
+
+def float_token(graph):
+    from onnx import TensorProto, helper
+
+    graph.graph.input[0].type.tensor_type.elem_type = TensorProto.FLOAT
+    cast = helper.make_node("Cast", ["token"], ["whole"], to=TensorProto.INT64)
+    for node in graph.graph.node:
+        node.input[:] = ["whole" if name == "token" else name for name in node.input]
+    graph.graph.node.insert(0, cast)
+
+
+@pytest.mark.parametrize("what", SIGNATURES)
+def test_inputs_and_outputs_that_the_search_does_not_know_are_one_line(what, exported, tmp_path):
+    step, change = SIGNATURES[what]
+    with pytest.raises(files.UserError, match=r"is not a captioner that this version can use"):
+        Captioner.load(changed(exported, tmp_path, step=step, change=change))
+
+
+def end_with(graph, *nodes):
+    """Let the log-probabilities be what `nodes` make of "raw", which they were."""
+    for node in graph.graph.node:
+        node.output[:] = ["raw" if name == "log_probs" else name for name in node.output]
+    graph.graph.node.extend(nodes)
+
+
+def numbers_of(value):
+    """Return what makes all log-probabilities `value`."""
+    from onnx import helper
+
+    def change(graph):
+        tensor = helper.make_tensor("value", 1, [], [value])
+        scale = helper.make_node("Constant", [], ["value"], value=tensor)
+        zero = helper.make_node("Sub", ["raw", "raw"], ["zero"])
+        end_with(graph, scale, zero, helper.make_node("Add", ["zero", "value"], ["log_probs"]))
+
+    return change
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 5.0, 1e30])
+@pytest.mark.parametrize("how", [{"method": "beam"}, {"method": "greedy"}, {"method": "sample"}])
+def test_numbers_that_are_no_log_probabilities_are_one_line(value, how, exported, tmp_path):
+    path = changed(exported, tmp_path, step=True, change=numbers_of(value))
+    with pytest.raises(files.UserError, match="does not compute log-probabilities"):
+        Captioner.load(path).caption(picture(1), **how)
+
+
+def test_fewer_words_than_the_vocabulary_are_one_line(exported, tmp_path):
+    def change(graph):
+        from onnx import helper
+
+        for name, values in (("from", [0]), ("to", [5]), ("axis", [2])):
+            tensor = helper.make_tensor(name, 7, [1], values)
+            graph.graph.node.insert(0, helper.make_node("Constant", [], [name], value=tensor))
+        end_with(graph, helper.make_node("Slice", ["raw", "from", "to", "axis"], ["log_probs"]))
+        dims = graph.graph.output[0].type.tensor_type.shape.dim
+        dims[2].dim_param = "some"
+
+    path = changed(exported, tmp_path, step=True, change=change)
+    with pytest.raises(files.UserError, match="another shape|does not compute log-probabilities"):
+        Captioner.load(path).caption(picture(1))

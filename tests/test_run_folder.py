@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import SMALL, assert_same_run, run_script
+from helpers.tiny import SMALL, assert_same_run, run_script, tiny_model
 
 import train
 import trainer
+from model import CaptionModel, read_metadata
 from util import checkpoints, files, plots
 
 if os.name == "posix":
@@ -119,6 +120,69 @@ def test_runs_without_a_name_take_folders_of_their_own(tmp_path, monkeypatch):
         (third / "best.safetensors").touch()
     with new() as fourth:
         assert fourth == second
+
+
+# --- files of somebody else's
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "metrics.csv", "learning_curve.png", "scores.json", "samples/me.png",
+     "best.safetensors", "last.pt", "previous.pt"],
+)  # fmt: skip
+def test_a_folder_with_a_file_that_a_run_would_replace_is_refused(name, drawn, tmp_path, capsys):
+    mine = tmp_path / "project" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text('{"model_type": "bert"}')
+    before = contents(tmp_path)
+    argv = [*SMALL, "--data-dir", drawn, "--output", tmp_path / "project"]
+    said = error_of(*argv, capsys=capsys)
+    assert f"holds {Path(name).parts[0]}, which this run would replace; name another --ou" in said
+    assert contents(tmp_path) == before
+    assert sorted(path.name for path in (tmp_path / "project").iterdir()) == [Path(name).parts[0]]
+
+
+def test_other_files_may_be_in_the_folder_of_a_run_and_stay(tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name in (".lock", "notes.txt", "metrics.csv.bak"):
+        (folder / name).write_text("mine")
+    before = contents(folder)
+    with checkpoints.run_folder(folder, "shapes", resume=False):
+        pass
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("hurt", ["no state", "another model", "text"])
+def test_a_resumed_run_does_not_replace_or_use_a_model_of_another(hurt, run, capsys):
+    path = run / "best.safetensors"
+    if hurt == "no state":  # the model of the second epoch would be lost
+        (run / "last.pt").unlink()
+        (run / "previous.pt").unlink()
+        model = read_metadata(path)
+        if model["scores"]["epoch"] == 1:
+            CaptionModel.load(path).save(path, scores={"epoch": 2})
+    elif hurt == "another model":
+        tiny_model().save(path)
+    else:
+        path.write_text("text")
+    before = contents(run)
+    said = error_of("--resume", "--output", run, capsys=capsys)
+    assert "best.safetensors" in said
+    assert {"no state": "--init-from", "another model": "is not a model of this run",
+            "text": "is not a model file"}[hurt] in said  # fmt: skip
+    before["config.json"] = (run / "config.json").read_bytes()  # with the flags of this command
+    assert contents(run) == before
+
+
+def test_a_state_of_another_run_is_one_line_that_names_what_to_do(run, capsys):
+    state = torch.load(run / "last.pt", weights_only=True)
+    state["average"] = {name: each[None] for name, each in state["average"].items()}
+    torch.save(state, run / "last.pt")
+    before = contents(run)
+    said = error_of("--resume", "--output", run, capsys=capsys)
+    assert "last.pt is damaged, or not of this run" in said and "--init-from" in said
+    assert contents(run) == before
 
 
 # --- places that can't be written

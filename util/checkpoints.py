@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,14 @@ import torch
 
 from util import distributed, files
 from util.files import UserError
+from util.states import check_state, check_torch_file
 
 log = logging.getLogger(__name__)
 
 # A folder with one of these holds a run, which a new run must not overwrite.
 RUN_FILES = ("last.pt", "previous.pt", "best.safetensors")
+# What else a run writes, besides config.json.
+RESULTS = ("metrics.csv", "learning_curve.png", "samples", "scores.json")
 LARGE = ("last.pt", "best.safetensors")  # a killed run can leave a temporary file of these
 # Seconds. The loader's workers of a killed run notice within five, and hold its lock until then.
 LOCK_TIMEOUT = 10.0
@@ -40,17 +44,44 @@ def run_folder(output: Path | None, dataset: str, *, resume: bool) -> Iterator[P
         lock, LOCK_TIMEOUT, f"another run is at work in {folder}; name another --output"
     ):
         try:
-            if not resume and _holds_a_run(folder):
-                raise UserError(
-                    f"{folder} holds a run already; add --resume, or name another --output"
-                )
+            if not resume:
+                check_free(folder)
             for name in LARGE:
                 files.remove_leftovers(folder / name)
             yield distributed.broadcast(folder)
         finally:
             with contextlib.suppress(OSError):  # Windows keeps a file that is open
-                lock.unlink()
+                if not lock.stat().st_size:  # a stranger's has content
+                    lock.unlink()
                 folder.rmdir()
+
+
+def check_free(folder: Path) -> None:
+    """Raise UserError where a new run in `folder` would replace files.
+
+    A config.json alone may be there: that of a run which ended before its first state was saved.
+    """
+    present = [name for name in (*RUN_FILES, *RESULTS) if os.path.lexists(folder / name)]
+    config, ours = folder / "config.json", False
+    if os.path.lexists(config):
+        with contextlib.suppress(UserError, OSError):
+            ours = is_run_config(files.read_json(config))
+        if not ours:
+            present.append("config.json")
+    if ours and present:
+        raise UserError(f"{folder} holds a run already; add --resume, or name another --output")
+    if present:
+        raise UserError(
+            f"{folder} holds {' and '.join(present)}, which this run would replace; name another "
+            "--output"
+        )
+
+
+def is_run_config(value: Any) -> bool:
+    """Return whether the content of a config.json is the flags of a run of train.py."""
+    return isinstance(value, dict) and {"dataset", "cnn_backbone", "decoder", "epochs"} <= set(
+        value
+    )
 
 
 def _holds_a_run(folder: Path) -> bool:
@@ -100,7 +131,7 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         except Exception as error:
             reason = files.explain(error).splitlines()[0]
             faults.append(f"{folder / name} can't be read ({reason})")
-            log.warning("%s", faults[-1])
+            log.warning("%s", files.one_line(faults[-1]))
     if faults:
         raise UserError(
             f"{' and '.join(faults)}: the run can't go on; start another from its best weights "
@@ -110,10 +141,13 @@ def load_state(folder: Path) -> dict[str, Any] | None:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
+    check_torch_file(path)
     with zipfile.ZipFile(path) as archive:  # torch.load does not compare checksums
         if damaged := archive.testzip():
             raise UserError(f"{damaged} in it is damaged")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # torch's text explains how to run the code in it
         raise UserError("it holds more than tensors and plain values") from error
+    check_state(state)
+    return state

@@ -205,7 +205,10 @@ def pick_device(device: torch.device | str) -> torch.device:
     if str(device) == "auto":
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
+        found = torch.empty(0, device=device).device
+        if found.type == "meta":
+            raise RuntimeError("it computes nothing")
+        return found
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
         raise UserError(

@@ -16,6 +16,7 @@ import stat
 import sys
 import tempfile
 import traceback
+import unicodedata
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -101,6 +102,25 @@ def check_output(
                 f"{path} can't be written: this command uses the same file as {other}; name "
                 "another file"
             )
+
+
+def check_replaceable(
+    path: str | Path | None, is_earlier: Callable[[Path], bool], content: str
+) -> None:
+    """Raise UserError where `path` is a file that writing `content` to it would destroy.
+
+    `is_earlier` says whether a file is an earlier one with such content, or raises UserError.
+    """
+    if path is None or not Path(path).is_file() or not os.path.getsize(path):
+        return
+    try:
+        if is_earlier(Path(path)):
+            return
+    except (UserError, OSError):
+        pass
+    raise UserError(
+        f"{path} is there, and does not hold {content}: it would be lost; name another file"
+    )
 
 
 def identify(path: str | Path) -> tuple[int, int] | str:
@@ -307,10 +327,30 @@ def print_error(message: str) -> int:
     return 2
 
 
+def printable(text: Any) -> str:
+    """Return `text` with control and format characters as escapes (\\x1b), safe on a terminal.
+
+    For all text from outside: names of files, captions, image ids. A terminal would obey it: move
+    the cursor, change its title, or show a text in another order than it has.
+    """
+    return "".join(escape(char) if is_control(char) else char for char in str(text))
+
+
+def is_control(char: str) -> bool:
+    """Return whether a terminal might obey `char`: controls, direction marks, line separators."""
+    if char.isprintable() or char in "\u200c\u200d":  # joiners: inside words of Persian, and emoji
+        return False
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def escape(char: str) -> str:
+    return ascii(char)[1:-1]
+
+
 def one_line(message: str) -> str:
-    """Return the message as one line without control characters, which file names may contain."""
+    """Return the message as one line of printable characters only."""
     text = " ".join(str(message).split())
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    return "".join(char if char.isprintable() else escape(char) for char in text)
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -346,7 +386,8 @@ def run(main: Callable[[], Any]) -> None:
                     "smaller --batch-size, in training a larger --accumulate, or --device cpu"
                 )
             )
-        traceback.print_exc()
+        for line in traceback.format_exc().splitlines():  # its message may be a stranger's text
+            print(printable(line), file=sys.stderr)
         print(f"This is a bug in the program: please report it, with the lines above, at {ISSUES}",
               file=sys.stderr)  # fmt: skip
         sys.exit(1)
