@@ -8,10 +8,11 @@ the encoder and the decoder are in their modules.
 
 import argparse
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from decoder import DecoderConfig
 from encoder import BACKBONES, EncoderConfig
@@ -19,7 +20,9 @@ from losses import OBJECTIVES
 from model import read_metadata
 from readers import DATASETS
 from util import distributed, files
+from util.checkpoints import is_run_config
 from util.files import IDENTITY, UserError
+from util.tars import check_allowed, is_command
 
 # Known models. The classics take images of the backbone's own size (img_size None), in one view.
 CLASSIC = {"img_size": None, "views": 1}
@@ -73,6 +76,9 @@ class DataConfig:
     shards are tar files as features.py --shards writes them."""
     data_dir: str | None = None
     """Folder of the dataset's own files; of shards, also their address."""
+    allow_commands: bool = False
+    """Let --data-dir pipe:COMMAND run its command. A resumed run needs both flags again: the
+    command in a config.json may be a stranger's."""
     split_seed: int = field(default=0, metadata=IDENTITY)
     """Seed of the split where the dataset has none of its own."""
     train_fraction: float = field(default=1.0, metadata=IDENTITY)
@@ -203,7 +209,7 @@ def configure(argv: list[str] | None) -> Config:
 def read_selectors(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags that decide what the defaults of the others are; nothing is checked yet."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("preset", "dataset", "cnn-backbone", "output", "init-from"):
+    for name in ("preset", "dataset", "data-dir", "cnn-backbone", "output", "init-from"):
         names = dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"])
         parser.add_argument(*names, nargs="?")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
@@ -238,21 +244,53 @@ def read_run(chosen: argparse.Namespace) -> dict[str, Any]:
             "--resume"
         )
     stored = files.read_json(folder / "config.json")
-    if not isinstance(stored, dict):
+    if not is_run_config(stored):
         raise UserError(f"{folder / 'config.json'} does not hold the flags of a run")
+    check_types(stored, folder / "config.json")
     # Runs of older versions have no size where the backbone's own is meant.
     if stored.get("img_size") is None and stored.get("cnn_backbone") in BACKBONES:
         stored["img_size"] = BACKBONES[stored["cnn_backbone"]].img_size
     if stored.get("data_dir") is None:
         stored["data_dir"] = str(Path("data") / str(stored.get("dataset")))
-    return {**stored, "output": str(folder), "resume": True}
+    if is_command(stored["data_dir"]) and not chosen.data_dir:
+        raise UserError(
+            f"the data of the run in {folder} come from a command, {stored['data_dir']!r}, which "
+            "may be a stranger's; if it is yours, give it again: --data-dir and --allow-commands"
+        )
+    return {**stored, "allow_commands": False, "output": str(folder), "resume": True}
+
+
+def check_types(values: dict[str, Any], path: Path) -> None:
+    """Raise UserError for a flag in the file at `path` whose value is of another type."""
+    for group in fields(Config):
+        for name, kind in get_type_hints(group.type).items():
+            if name in values and not fits(values[name], kind):
+                raise UserError(
+                    f"{path} has {values[name]!r:.60} for {flag(name)}, which does not take that: "
+                    "it is damaged, or another program's"
+                )
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Return whether a value of a JSON file may be that of a field with the type hint `kind`."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if options := get_args(kind):  # X | None
+        return any(fits(value, each) for each in options)
+    if kind in (str, Path):  # --help prints it
+        return isinstance(value, str) and not re.search(r"[\x00-\x1f\x7f-\x9f]", value)
+    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def read_sizes(checkpoint: Path) -> dict[str, Any]:
     """Return the flags that the model of a checkpoint was built with: its CNN and its decoder."""
     known = {each.name for group in (EncoderConfig, DecoderConfig) for each in fields(group)}
-    metadata = read_metadata(checkpoint)
-    return {name: value for name, value in metadata["model"].items() if name in known}
+    model = read_metadata(checkpoint).get("model")
+    if not isinstance(model, dict):
+        raise UserError(f"{checkpoint} does not describe a model; name another --init-from")
+    sizes = {name: value for name, value in model.items() if name in known}
+    check_types(sizes, checkpoint)
+    return sizes
 
 
 def check_same(config: Config, run: Config | None, model: dict[str, Any]) -> None:
@@ -288,6 +326,7 @@ AT_LEAST = {
 }  # fmt: skip
 AT_LEAST_0 = ("scst_bleu", "grad_clip", "weight_decay", "attention_penalty")
 SHARES = ("warmup", "label_smoothing", "ema")
+MOST_WORKERS = 1024
 HIGHEST_LR = 1000.0  # training diverges long before; AdamW fails where lr is no float32
 
 
@@ -305,6 +344,8 @@ def validate(config: Config) -> None:
             check(name, value < 2**31, "below 2^31")
     for name, least in AT_LEAST.items():
         check(name, values[name] is None or values[name] >= least, f"at least {least}")
+    check("workers", values["workers"] <= MOST_WORKERS, f"at most {MOST_WORKERS:,}")
+    check("seed", -(2**63) <= values["seed"] < 2**63, "a number of 64 bits")
     for name in AT_LEAST_0:
         finite = name == "grad_clip" or values[name] < math.inf
         check(name, values[name] >= 0 and finite, "at least 0 and finite")
@@ -313,6 +354,10 @@ def validate(config: Config) -> None:
     for name in ("lr", "cnn_lr", "scst_lr"):
         check(name, 0 < values[name] <= HIGHEST_LR, f"above 0 and at most {HIGHEST_LR:g}")
     check("train_fraction", 0 < values["train_fraction"] <= 1, "above 0 and at most 1")
+    folder = config.train.output
+    if folder and files.identify(folder) == files.identify(config.data.data_dir or ""):
+        raise UserError(f"--output {folder} is the folder of the dataset; name another folder")
+    check_allowed(config.data.data_dir, config.data.allow_commands)
     train = config.train
     if train.scst_epochs and train.cnn_lr * train.scst_lr / train.lr > HIGHEST_LR:
         raise UserError(

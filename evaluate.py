@@ -31,6 +31,7 @@ from shards import SPLITS
 from util import distributed, files
 from util.files import UserError
 from util.images import read_image, report_left_out
+from util.tars import check_allowed
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def score_captions(
         more, reasons = metrics.java_scores(references, captions)
         scores |= more
         for reason in reasons:
-            log.warning("%s", reason)
+            log.warning("%s", files.one_line(reason))
     return scores | metrics.faults(captions.values())
 
 
@@ -249,6 +250,9 @@ small { font-size: .8rem; font-weight: 400; opacity: .7; display: block; overflo
 """
 
 
+REPORT = '<!doctype html><html lang="en"><meta charset="utf-8"><title>'
+
+
 def write_report(
     path: Path, records: Sequence[Record], captions: Mapping[Any, str], scores: Mapping[str, Any]
 ) -> None:
@@ -267,7 +271,7 @@ def write_report(
     names = "".join(f"<th scope=col>{html.escape(name.replace('_', ' '))}" for name in table)
     cells = "".join(f"<td>{value}" for value in table.values())
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}: captions</title>'
+        f"{REPORT}{title}: captions</title>"
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style>'
         f"<h1>{title}, {len(records)} images</h1>"
         f'<div style="overflow-x:auto"><table><tr>{names}<tr>{cells}</table></div>'
@@ -312,6 +316,8 @@ class Config:
     """The dataset that the split is of."""
     data_dir: str | None = None
     """Folder of the dataset's own files (default: data/DATASET); of shards, or their URL."""
+    allow_commands: bool = False
+    """Let --data-dir pipe:COMMAND run its command."""
     split: Literal[SPLITS] = "test"
     """Which split of it."""
     split_seed: int = 0
@@ -342,6 +348,7 @@ class Config:
             if getattr(self, name) > most:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} {getattr(self, name)} must be at most {most:,}")
+        check_allowed(self.data_dir, self.allow_commands)
         if self.captions and self.ensemble:
             raise UserError("--captions scores a file and uses no model; leave out --ensemble")
 
@@ -384,12 +391,35 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
     return {**scores, **about, **source}, captions
 
 
+def check_outputs(config: Config) -> None:
+    """Raise UserError or OSError, before any work, where a file can't or must not be written."""
+    inputs = [config.captions, config.checkpoint, *config.ensemble]
+    files.check_output(config.json, [".json"], inputs)
+    files.check_output(config.captions_json, [".json"], [*inputs, config.json])
+    files.check_output(config.report, [".html", ".htm"], inputs)
+    files.check_replaceable(config.json, holds_scores, "scores")
+    files.check_replaceable(config.captions_json, read_captions, "captions of images")
+    files.check_replaceable(config.report, is_report, "a report of this script")
+
+
+def holds_scores(path: Path) -> bool:
+    """Return whether a file is one that `--json` wrote."""
+    value = files.read_json(path)
+    return isinstance(value, dict) and value.keys() >= {"dataset", "split", "images"}
+
+
+def is_report(path: Path) -> bool:
+    """Return whether a file is one that `--report` wrote."""
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return file.read(len(REPORT)) == REPORT
+
+
 def main(argv: list[str] | None = None) -> None:
     """Score a model on a split and print the scores."""
     config = files.parse(
         Config, argv, program="evaluate.py", description="Caption a split and score the captions."
     )
-    files.check_writable(config.json, config.captions_json, config.report)
+    check_outputs(config)
     with distributed.join():
         report, captions = evaluate(config)
     if not report:  # only the main process has one

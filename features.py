@@ -44,6 +44,7 @@ from util import files
 from util.files import UserError
 from util.images import UNREADABLE, are_too_many, read_image, report_left_out
 from util.seeding import fork_seeded
+from util.tars import check_allowed
 
 SAVE_EVERY = 16  # batches between two notes of how far an extraction has come
 MOST_IMAGES = 8192  # per file: 1.6 GB for one view of ResNet-50 features at 224 pixels
@@ -425,6 +426,8 @@ class Config:
     """Dataset to write."""
     data_dir: str | None = None
     """Folder of the dataset's own files (default: data/DATASET)."""
+    allow_commands: bool = False
+    """Let --data-dir pipe:COMMAND run its command."""
     split_seed: int = 0
     """Seed of the split where the dataset has none of its own."""
     shard_size: int = 1000
@@ -443,6 +446,13 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least 1")
+        check_allowed(self.data_dir, self.allow_commands)
+
+
+def lists_shards(path: Path) -> bool:
+    """Return whether a file is one that `--json` wrote."""
+    value = files.read_json(path)
+    return isinstance(value, dict) and value.keys() == {"dataset", "splits"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -450,7 +460,9 @@ def main(argv: list[str] | None = None) -> None:
     config = files.parse(
         Config, argv, program="features.py", description="Write a dataset as tar shards."
     )
-    files.check_writable(config.json, config.shards / "index.json")
+    files.check_output(config.json, [".json"], [config.shards / "index.json"])
+    files.check_replaceable(config.json, lists_shards, "a list of shards")
+    files.check_writable(config.shards / "index.json")
     splits = load_splits(config.dataset, config.data_dir, config.split_seed)
     if not splits:
         raise UserError(f"{config.dataset} has no split to write")
@@ -466,7 +478,8 @@ def main(argv: list[str] | None = None) -> None:
     for split, parts in written.items():
         images, captions = (sum(one[name] for one in parts) for name in ("images", "captions"))
         print(f"{split}: {images} images with {captions} captions in {len(parts)} shards")
-    print(f"train from them: python train.py --dataset shards --data-dir {config.shards}")
+    folder = files.printable(config.shards)
+    print(f"train from them: python train.py --dataset shards --data-dir {folder}")
     if config.json:
         files.write_json(config.json, {"dataset": index["dataset"], "splits": written})
 

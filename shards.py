@@ -37,6 +37,7 @@ from util.tars import (
 )
 
 SPLITS = ("train", "val", "test")
+BOMB = 50  # largest unpacked size of a list, times its size: captions shrink to a fifth
 
 
 class Row(NamedTuple):
@@ -58,7 +59,8 @@ def read_rows(root: str | Path, split: str, cache_dir: Path) -> list[Row]:
     with open_file(index["place"], name) as stream:
         packed = io.BytesIO(stream.read())
     try:
-        with gzip.open(packed) as lines:
+        with gzip.open(packed) as unpacked:
+            lines = read_lines(unpacked, BOMB * max(len(packed.getbuffer()), 2**20))
             for line, folder in zip(lines, folders, strict=True):
                 file, image_id, captions = json.loads(line)
                 good = type(image_id) in (str, int) and type(captions) is list and captions
@@ -70,6 +72,15 @@ def read_rows(root: str | Path, split: str, cache_dir: Path) -> list[Row]:
         text = f"is damaged, or not the list of captions that {INDEX} describes"
         raise UserError(f"{where} {text} (after {len(rows)} good rows)") from error
     return rows
+
+
+def read_lines(stream: Any, limit: int) -> Iterator[bytes]:
+    """Yield the lines of a binary stream; ValueError after more than `limit` bytes."""
+    while line := stream.readline(limit + 1):
+        limit -= len(line)
+        if limit < 0:
+            raise ValueError("it unpacks to far more than its size")
+        yield line
 
 
 def read_images(root: str | Path, rows: Sequence[Row]) -> Iterator[tuple[Row, bytes | None]]:
@@ -130,16 +141,24 @@ def write_shards(
     unfinished = folder / ".unfinished"
     with files.lock(folder / ".lock", 10, f"another process is writing shards into {folder}"):
         if (folder / INDEX).exists():
-            if (index := files.read_json(folder / INDEX))["fingerprint"] == digest.hexdigest():
+            index = files.read_json(folder / INDEX)
+            if isinstance(index, dict) and index.get("fingerprint") == digest.hexdigest():
                 return index
         elif unfinished.exists():
             for left in folder.glob("*-??????*.tar"):
                 left.unlink()
+            for split in splits:
+                (folder / f"{split}.jsonl.gz").unlink(missing_ok=True)
         if any(folder.glob("*.tar")):
             raise UserError(
                 f"{folder} holds tar files of other data, or of another --shard-size or --seed; "
                 "name another folder, or delete them"
             )
+        for name in (INDEX, *(f"{split}.jsonl.gz" for split in splits)):
+            if (folder / name).exists():
+                raise UserError(
+                    f"{folder} holds another {name}, which would be lost; name another folder"
+                )
         unfinished.touch()
         with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
             rows = {

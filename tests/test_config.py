@@ -1,18 +1,22 @@
 """Flags: where their values come from, and one line for values that make no sense."""
 
 import dataclasses
+import json
 import math
 import typing
 
 import pytest
 from helpers.tiny import SMALL, run_script, tiny_model
+from safetensors.torch import save_file
 
 import app
 import config as train_config
 import evaluate
+import features
 import inference
 import train
 from config import configure, flatten, unflatten
+from model import FORMAT
 from util import files
 
 CONFIGS = (train_config.Config, inference.Config, evaluate.Config, app.Config)
@@ -183,3 +187,97 @@ def test_a_run_of_an_older_version_keeps_the_sizes_it_meant(tmp_path):
     files.write_json(tmp_path / "config.json", {**flags, "a_flag_of_then": 1})
     resumed = flatten(configure(["--resume", "--output", str(tmp_path)]))
     assert (resumed["img_size"], resumed["data_dir"]) == (299, "data/flickr8k")
+
+
+# --- a config.json that is damaged, or a stranger's
+
+
+WRONG = {
+    "epochs": [math.inf, "10", 1.5, None, [10], True, {}],
+    "lr": ["fast", None, [], True],
+    "limit": ["all", 1.5, False],
+    "augment": [1, "true", None],
+    "cnn_backbone": [["tiny"], 3, "resnet18; ls", None],
+    "decoder": [{}, "rnn"],
+    "dataset": [["shapes"], "csv\x1b[2J"],
+    "cache_dir": [3, None, "cache\x1b[2J"],
+    "data_dir": [3, ["data"], "data\x9b2J"],
+    "seed": ["zero", 0.5],
+    "device": [0, None],
+    "img_size": ["224", 224.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
+def test_a_wrong_type_in_config_json_is_one_line(name, value, narrow, capsys):
+    flags = files.read_json(narrow / "config.json")
+    files.write_json(narrow / "config.json", {**flags, name: value})
+    code, _, err = run_script(train, "--resume", "--output", narrow, capsys=capsys)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and "\x1b" not in err
+    assert f"--{name.replace('_', '-')}" in err and "config.json has " in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 2**64), ("workers", 10**6), ("lr", math.nan), ("epochs", 10**40), ("warmup", -1)],
+)
+def test_a_number_out_of_range_in_config_json_is_one_line(name, value, narrow, capsys):
+    flags = files.read_json(narrow / "config.json")
+    files.write_json(narrow / "config.json", {**flags, name: value})
+    code, _, err = run_script(train, "--resume", "--output", narrow, capsys=capsys)
+    assert code == 2 and err.count("\n") == 1 and f"--{name} {value} must be" in err
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"architectures": ["Bert"], "epochs": 3}', '"epochs"', "[" * 10**5]
+)
+def test_a_config_json_of_another_program_is_one_line(content, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    code, _, err = run_script(train, "--resume", "--output", tmp_path, capsys=capsys)
+    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert "config.json" in err and len(err) < 500
+
+
+@pytest.mark.parametrize("model", [None, 3, [], {"d_model": "16"}, {"decoder": ["lstm"]}])
+def test_a_model_to_start_from_without_sizes_is_one_line(model, tmp_path, capsys):
+    path = tmp_path / "model.safetensors"
+    header = {"format": json.dumps(FORMAT), "model": json.dumps(model), "vocabulary": "[]"}
+    save_file({}, path, header)
+    code, _, err = run_script(train, "--init-from", path, capsys=capsys)
+    assert code == 2 and err.startswith(f"error: {path} ") and err.count("\n") == 1
+
+
+def test_an_output_that_is_the_datasets_folder_is_refused(drawn):
+    with pytest.raises(ValueError, match="is the folder of the dataset"):
+        configure(["--dataset", "shapes", "--data-dir", f"{drawn}/.", "--output", str(drawn)])
+
+
+# --- commands
+
+
+def test_a_command_runs_only_from_the_command_line_and_with_its_flag(narrow, capsys):
+    command = "pipe:touch owned; cat shards/{}"
+    new = ["--dataset", "shards", "--data-dir", command]
+    for script, more in ((train, []), (evaluate, []), (features, ["--shards", "x"])):
+        code, _, err = run_script(script, *new, *more, capsys=capsys)
+        assert code == 2 and "would run a command; add --allow-commands" in err
+    allowed = flatten(configure([*new, "--allow-commands"]))
+    assert (allowed["data_dir"], allowed["allow_commands"]) == (command, True)
+    files.write_json(narrow / "config.json", allowed)  # as a stranger's
+    resume = ["--resume", "--output", str(narrow)]
+    for more in ([], ["--allow-commands"], ["--data-dir", command]):
+        with pytest.raises(ValueError, match="command"):
+            configure([*resume, *more])
+    again = configure([*resume, "--data-dir", command, "--allow-commands"])
+    assert again.data.data_dir == command
+    assert not configure([*resume, "--data-dir", "shards"]).data.allow_commands
+
+
+@pytest.mark.parametrize("command", ["PIPE:ls {}", "Pipe:ls {}"])
+def test_a_command_by_another_spelling_is_one_too(command, narrow):
+    flags = files.read_json(narrow / "config.json")
+    files.write_json(narrow / "config.json", {**flags, "dataset": "shards", "data_dir": command})
+    with pytest.raises(ValueError, match="may be a stranger's"):
+        configure(["--resume", "--output", str(narrow)])

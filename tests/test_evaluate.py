@@ -379,3 +379,55 @@ def test_the_command_says_one_line_where_there_is_no_dataset(run, tmp_path):
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: no dataset at ") and done.stderr.count("\n") == 1
+
+
+# --- files of somebody else's
+
+
+OTHERS = {"notes": '{"title": "notes"}', "page": "<html>my page", "text": "no JSON at all"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "content"),
+    [("--json", "a.json", "notes"), ("--json", "a.json", "text"), ("--report", "a.html", "page"),
+     ("--captions-json", "a.json", "notes"), ("--captions-json", "a.json", "text")],
+)  # fmt: skip
+def test_an_output_does_not_replace_a_file_of_another_kind(
+    flag, name, content, run, tmp_path, monkeypatch, script
+):
+    monkeypatch.setattr(evaluate, "load_split", lambda *_: pytest.fail("the work has begun"))
+    (tmp_path / name).write_text(OTHERS[content])
+    code, _, err = script("--checkpoint", run, flag, tmp_path / name)
+    assert code == 2 and err.count("\n") == 1 and "is there, and does not hold" in err
+    assert (tmp_path / name).read_text() == OTHERS[content]
+
+
+def test_outputs_of_before_are_written_again(run, tmp_path, script):
+    names = {"--json": "a.json", "--captions-json": "b.json", "--report": "c.html"}
+    argv = [word for flag, name in names.items() for word in (flag, tmp_path / name)]
+    for _ in range(2):
+        assert script("--checkpoint", run, *argv)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--captions", "in.json", "--json", "in.json"), "uses the same file"),
+        (("--captions", "in.json", "--captions-json", "./in.json"), "uses the same file"),
+        (("--json", "new.json", "--captions-json", "new.json"), "uses the same file"),
+        (("--json", "scores.csv"), "must end in .json"),
+        (("--captions-json", "photo.jpg"), "must end in .json"),
+        (("--report", "page.json"), "must end in .html"),
+    ],
+)
+def test_an_output_that_is_an_input_or_of_another_form_is_refused(
+    argv, said, run, tmp_path, monkeypatch, script
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_split", lambda *_: pytest.fail("the work has begun"))
+    write(Path("in.json"), [{"image_id": 1, "caption": "a dog"}])
+    before = Path("in.json").read_bytes()
+    code, _, err = script(*argv)
+    assert code == 2 and said in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["in.json"]
+    assert Path("in.json").read_bytes() == before

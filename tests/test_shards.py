@@ -341,3 +341,50 @@ def test_an_image_that_is_too_large_is_left_out(written, tmp_path, monkeypatch):
     monkeypatch.setattr(tars, "MAX_BYTES", 10)
     with pytest.raises(ValueError, match="8 of 8 images of the val split are missing"):
         load_split("shards", written, "val", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("row", [b'["a.png", 1, ["x"]]\n', b" "])
+def test_a_list_that_unpacks_to_far_more_than_its_size_is_one_line(row, written, tmp_path):
+    folder = copied(written, tmp_path / "made")
+    index = files.read_json(folder / "index.json")
+    index["splits"]["val"]["shards"][0]["images"] = 2**39
+    files.write_json(folder / "index.json", index)
+    (folder / "val.jsonl.gz").write_bytes(gzip.compress(row * (60 * 2**20 // len(row))))
+    with pytest.raises(files.UserError, match=r"val\.jsonl\.gz is damaged"):
+        listed(folder, tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["http://x/'; touch owned; '", 'gs://x/"`ls`"', "https://a b/c", "http://x/\n", "hf:\\x"],
+)
+def test_an_address_that_a_shell_might_read_otherwise_is_refused(address, tmp_path, monkeypatch):
+    monkeypatch.setattr(wds, "gopen", lambda *_: pytest.fail("it was opened"))
+    with pytest.raises(files.UserError, match="is not an address: it has blanks, quotes"):
+        load_split("shards", address, "val", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("address", ["strange:x/y", "PIPE:ls{}"])
+def test_an_address_that_nothing_opens_is_one_line(address, tmp_path):
+    with pytest.raises(files.UserError, match="can't be opened"):
+        load_split("shards", address, "val", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["index.json", "train.jsonl.gz", "val.jsonl.gz"])
+def test_a_folder_with_files_of_the_same_names_is_refused(name, drawn, tmp_path):
+    (tmp_path / name).write_text('{"name": "my app"}')
+    with pytest.raises(files.UserError, match=f"holds another {name}, which would be lost"):
+        write(drawn, tmp_path)
+    assert (tmp_path / name).read_text() == '{"name": "my app"}'
+    assert not list(tmp_path.glob("*.tar"))
+
+
+def test_a_list_of_shards_is_written_over_no_other_file(drawn, tmp_path, capsys):
+    argv = ["--dataset", "shapes", "--data-dir", drawn, "--shards", tmp_path / "made"]
+    (tmp_path / "mine.json").write_text('{"splits": 3}')
+    for name, said in (("mine.json", "does not hold a list of shards"), ("a.txt", "end in .json")):
+        code, _, err = run_script(features, *argv, "--json", tmp_path / name, capsys=capsys)
+        assert code == 2 and said in err and not (tmp_path / "made").exists()
+    for _ in range(2):  # its own is written again
+        assert run_script(features, *argv, "--json", tmp_path / "a.json", capsys=capsys)[0] == 0
+    assert (tmp_path / "mine.json").read_text() == '{"splits": 3}'

@@ -46,11 +46,26 @@ def is_address(root: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", root) is not None  # C: is a disk
 
 
+def is_command(root: str | Path | None) -> bool:
+    return str(root or "")[:5].lower() == "pipe:"
+
+
+def check_allowed(root: str | Path | None, allow_commands: bool) -> None:
+    """Raise UserError for a command that the command line does not allow to run."""
+    if is_command(root) and not allow_commands:
+        raise UserError(
+            f"--data-dir {str(root)!r} would run a command; add --allow-commands if you mean it"
+        )
+
+
 def locate(root: str, name: str) -> str:
     """Return the path or address of a file; `{}` in an address is replaced by its name."""
     if not is_address(root):
         return str(Path(root).expanduser() / name)
-    if root.startswith("pipe:") and "{}" not in root:
+    if not root.startswith(("pipe:", "file:")) and re.search(r"[\s\x00-\x1f'\"`\\\\]", root):
+        # No URL has them, and versions of webdataset hand URLs to a shell.
+        raise UserError(f"--data-dir {root!r} is not an address: it has blanks, quotes or \\")
+    if is_command(root) and "{}" not in root:
         raise UserError(f"--data-dir {root!r} names no file; put {{}} where a file's name belongs")
     return root.replace("{}", name) if "{}" in root else f"{root.rstrip('/')}/{name}"
 
@@ -59,7 +74,11 @@ def locate(root: str, name: str) -> str:
 def open_file(root: str, name: str) -> Iterator[Any]:
     """Yield a binary stream; OSError where the file, or the command that fetches it, fails."""
     where = locate(root, name)
-    stream = import_webdataset().gopen(where) if is_address(where) else io.FileIO(where)
+    open_stream = import_webdataset().gopen if is_address(where) else io.FileIO
+    try:
+        stream = open_stream(where)
+    except (ValueError, ImportError, AssertionError) as error:  # a scheme that it can't open
+        raise UserError(f"{where} can't be opened ({error})") from error
     try:
         yield stream
         stream.close()
@@ -87,7 +106,7 @@ def read_tar(root: str, name: str, wanted: Callable[[str], bool]) -> Iterator[tu
                         yield member.name, tar.extractfile(member).read()
                     tar.members = []  # tarfile would keep them all
         except (tarfile.TarError, EOFError, ValueError) as error:
-            log.warning("%s is damaged (%s)", locate(root, name), error)
+            log.warning("%s", files.one_line(f"{locate(root, name)} is damaged ({error})"))
 
 
 def read_index(root: str | Path, cache_dir: Path) -> dict[str, Any]:
