@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     with files.lock(folder.with_name(f".{folder.name}.lock")):
         fill(folder, wanted, config.archives, config.keep_archives, config.yes)
     if config.dataset == "flickr30k":
-        print(FLICKR30K_IMAGES.format(folder=folder))
+        print(FLICKR30K_IMAGES.format(folder=files.printable(folder)))
 
 
 def choose(dataset: str, parts: Sequence[str]) -> list[File]:
@@ -156,10 +156,10 @@ def draw_shapes(folder: Path) -> None:
     from util import shapes
 
     if shapes.is_drawn(folder):
-        print(f"{folder} is complete, nothing to do")
+        print(f"{files.printable(folder)} is complete, nothing to do")
     else:
         shapes.draw(folder)
-        print(f"{folder} is ready")
+        print(f"{files.printable(folder)} is ready")
 
 
 def fill(folder: Path, wanted: list[File], archives: Path | None, keep: bool, yes: bool) -> None:
@@ -173,7 +173,7 @@ def fill(folder: Path, wanted: list[File], archives: Path | None, keep: bool, ye
         if is_from(file, folder):  # a run may have been killed before it could clean up
             clean_up(file, downloads, keep)
     if not missing:
-        print(f"{folder} is complete, nothing to do")
+        print(f"{files.printable(folder)} is complete, nothing to do")
         return
     # Verified before any download: a wrong archive is reported now, not an hour later.
     at_hand = {} if archives is None else find_archives(missing, archives)
@@ -185,7 +185,7 @@ def fill(folder: Path, wanted: list[File], archives: Path | None, keep: bool, ye
         archive = at_hand.get(file) or fetch(file, downloads)
         unpack(archive, folder / file.folder, {"archive": file.name, "md5": file.md5})
         clean_up(file, downloads, keep)
-    print(f"{folder} is ready")
+    print(f"{files.printable(folder)} is ready")
 
 
 def clean_up(file: File, downloads: Path, keep: bool) -> None:
@@ -209,7 +209,8 @@ def is_unpacked(file: File, folder: Path) -> bool:
     if not target.exists() or not any(target.iterdir()):
         return False
     if not is_from(file, folder):
-        print(f"{target} is not from this {file.name}: left as it is (remove it to get it anew)")
+        name = files.printable(target)
+        print(f"{name} is not from this {file.name}: left as it is (remove it to get it anew)")
     return True
 
 
@@ -272,8 +273,13 @@ def fetch(file: File, folder: Path) -> Path:
     right content, a ConnectionError lists what was wrong with each.
     """
     path, part = folder / file.name, folder / f"{file.name}.part"
-    if path.exists() and md5_of(path) == file.md5:
-        return path
+    if path.exists():
+        if md5_of(path) == file.md5:
+            return path
+        raise UserError(
+            f"{path} is there, but is not this archive (MD5 {file.md5} expected): it would be "
+            "lost; move it away, or delete it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     faults = []
     with requests.Session() as session:
@@ -288,7 +294,7 @@ def fetch(file: File, folder: Path) -> Path:
                 elif isinstance(error, UserError):
                     reason = str(error)
                 faults.append(f"{url} ({reason})")
-                print(f"failed: {reason}", flush=True)
+                print(f"failed: {files.printable(reason)}", flush=True)
             else:
                 os.replace(part, path)
                 return path

@@ -152,7 +152,7 @@ def score_captions(
         more, reasons = metrics.java_scores(references, captions)
         scores |= more
         for reason in reasons:
-            log.warning("%s", files.one_line(reason))
+            log.warning("%s", reason)
     return scores | metrics.faults(captions.values())
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model import CaptionModel, mean_model, read_metadata
-from onnx_model import write_onnx
+from model import CaptionModel, checkpoint_file, mean_model, read_metadata
+from onnx_model import FORMAT, is_onnx, step_file, write_onnx
 from util import files
 from util.files import UserError
 
@@ -40,15 +40,26 @@ FORMS: dict[str, Callable[[CaptionModel, Path, dict[str, Any]], list[Path]]] = {
 }
 
 
+def is_exported(path: Path) -> bool:
+    """Return whether a file is a model file or one of a model's graphs; UserError if neither."""
+    return FORMAT.encode() in path.read_bytes() if is_onnx(path) else bool(read_metadata(path))
+
+
 def export(checkpoint: Path, output: Path, average: Sequence[Path] = ()) -> list[Path]:
     """Write the model of a checkpoint in the form that the suffix of `output` names.
 
     With `average` it is the mean of all the checkpoints. Returns the files written; raises
-    UserError where the suffix is not known.
+    UserError where the suffix is not known, or a file would be lost that is not such a model.
     """
     if output.suffix not in FORMS:
         raise UserError(f"{output} has no known suffix; end it in {' or '.join(FORMS)}")
     checkpoints = [checkpoint, *average]
+    written = [output, step_file(output)] if output.suffix == ".onnx" else [output]
+    for path in written:
+        files.check_output(path, inputs=map(checkpoint_file, checkpoints))
+        files.check_replaceable(path, is_exported, "an exported model")
+    if output.name == "best.safetensors" and output.exists():
+        raise UserError(f"{output} is the model of a run, which would be lost; name another file")
     headers = [read_metadata(each) for each in checkpoints]
     if average:  # no scores: they are of the single models
         training_info = {"training": {"mean_of": [each.get("training") for each in headers]}}
@@ -66,9 +77,8 @@ def main(argv: list[str] | None = None) -> None:
 
     flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
     config = files.parse(flags, argv, program="export.py", description="Write a model to share.")
-    files.check_writable(config.output)
     for path in export(config.checkpoint, config.output, config.average):
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+        print(f"{files.printable(path)}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

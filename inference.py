@@ -364,9 +364,10 @@ def caption_share(captioner: Captioner, job: Job, config: Config) -> Tally:
 def print_captions(result: Result, with_name: bool) -> None:
     """Print a line per caption, if `with_name` after the image's name; errors go to stderr."""
     if result.error and with_name:
-        print(f"left out: {result.error}", file=sys.stderr)
+        print(f"left out: {files.printable(result.error)}", file=sys.stderr)
+    name = f"{files.printable(result.image)}\t" if with_name else ""
     for each in result.captions:
-        print(f"{result.image}\t{each.text}" if with_name else each.text, flush=True)
+        print(f"{name}{files.printable(each.text)}", flush=True)
 
 
 def write_attention(captioner: Captioner, image: Path, path: Path) -> None:

@@ -378,3 +378,12 @@ def test_shapes_are_drawn_once(root, monkeypatch, capsys):
     get(root, "shapes")
     assert drawn == [root / "shapes"]
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_file_of_an_archives_name_is_not_replaced(root, mirror, offered, capsys):
+    mine = root / "flickr8k/archives" / offered[0].name
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    line = error_of(root, capsys)
+    assert str(mine) in line and "is not this archive" in line and "move it away" in line
+    assert mine.read_bytes() == b"mine"

@@ -77,3 +77,36 @@ def test_models_of_other_words_have_no_mean(checkpoint, tmp_path, capsys):
         export, checkpoint, tmp_path / "m.safetensors", "--average", other, capsys=capsys
     )
     assert code == 2 and "same words" in error and not (tmp_path / "m.safetensors").exists()
+
+
+# --- files that would be lost
+
+
+def test_a_checkpoint_is_not_replaced_by_its_own_export(checkpoint, tmp_path, capsys):
+    before = checkpoint.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(checkpoint)
+    for output in (checkpoint, tmp_path / "link.safetensors"):
+        code, _, error = run_script(export, checkpoint, output, capsys=capsys)
+        assert code == 2 and "this command uses the same file" in error
+    folder = tmp_path / "run"
+    folder.mkdir()
+    tiny_model(seed=2).save(folder / "best.safetensors")
+    for source in (folder, checkpoint):
+        code, _, error = run_script(export, source, folder / "best.safetensors", capsys=capsys)
+        assert code == 2 and ("same file" in error or "is the model of a run" in error)
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.onnx", "model.step.onnx"])
+def test_a_file_of_another_kind_is_not_replaced(name, checkpoint, tmp_path, capsys):
+    (tmp_path / name).write_bytes(b"another program's")
+    output = tmp_path / name.replace(".step", "")
+    code, _, error = run_script(export, checkpoint, output, capsys=capsys)
+    assert code == 2 and f"{name} is there, and does not hold an exported model" in error
+    assert (tmp_path / name).read_bytes() == b"another program's"
+    assert {path.name for path in tmp_path.iterdir()} == {"best.safetensors", name}
+
+
+def test_an_export_of_before_is_written_again(checkpoint, tmp_path, capsys):
+    for _ in range(2):
+        assert run_script(export, checkpoint, tmp_path / "a.safetensors", capsys=capsys)[0] == 0

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import logging
 import os
 import re
 import signal
@@ -592,3 +593,10 @@ def test_only_an_earlier_file_of_the_same_content_may_be_replaced(tmp_path):
         with pytest.raises(files.UserError, match=r"scores\.json is there, and does not hold sco"):
             check(refuses)
     files.check_replaceable(None, pytest.fail, "scores")
+
+
+def test_a_log_line_cannot_move_the_cursor(capsys, monkeypatch):
+    logger = logging.getLogger("a test's")
+    monkeypatch.setattr(logger, "propagate", False)  # pytest has a handler of its own
+    files.run(lambda: logger.warning("left out: %s", "a\x1b[2J\u202e.png"))
+    assert capsys.readouterr().err == "left out: a\\x1b[2J\\u202e.png\n"

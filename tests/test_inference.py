@@ -472,3 +472,31 @@ def test_the_command_says_one_line_about_a_text_file(run, tmp_path):
     done = command(tmp_path / "text.jpg", "--checkpoint", run)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# --- text that a terminal would obey
+
+
+EVIL = "\x1b]0;owned\x07\x9b2J\u202egpj"
+
+
+def test_names_of_files_reach_no_terminal_as_they_are(run, tmp_path, script):
+    folder = tmp_path / f"photos{EVIL}"
+    folder.mkdir()
+    for name in (f"a{EVIL}.png", "b.png"):
+        picture(1).save(folder / name)
+    (folder / f"c{EVIL}.png").write_bytes(b"no image")
+    code, out, err = script(folder, "--checkpoint", run)
+    assert code == 2 and out.count("\n") == 2
+    assert not set(EVIL) - set("gpj]0;owned2J") & set(out + err)
+    assert out.count(r"\x1b]0;owned\x07\x9b2J\u202egpj") == 3  # the folder twice, and a file
+    assert r"c\x1b]0;owned" in err and out.count("\t") == 2
+
+
+def test_a_table_keeps_its_content_but_on_a_terminal(run, tmp_path, script, monkeypatch):
+    picture(1).save(tmp_path / f"a{EVIL}.png")
+    argv = (tmp_path / f"a{EVIL}.png", "--checkpoint", run, "--format", "csv")
+    assert EVIL in script(*argv)[1]
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    on_terminal = script(*argv)[1]
+    assert "\x1b" not in on_terminal and r"a\x1b]0;owned" in on_terminal

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -10,6 +11,7 @@ from helpers.datasets import save_image
 
 import train
 from readers import SplitMissingError, load_split, read_table
+from util import files, tables
 
 ROWS = [
     ("a.jpg", 'a "red" thing, and more', "train"),
@@ -264,3 +266,11 @@ def test_a_package_that_is_absent_is_named(name, package, folder, monkeypatch):
     (folder / name).touch()
     with pytest.raises(ValueError, match=f"is read with {package}: pip install {package}$"):
         load_split("csv", folder, "train")
+
+
+def test_an_excel_file_that_unpacks_to_far_more_than_its_size_is_one_line(tmp_path):
+    pytest.importorskip("openpyxl")
+    with zipfile.ZipFile(tmp_path / "a.xlsx", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("xl/sharedStrings.xml", bytes(60_000_000))
+    with pytest.raises(files.UserError, match=r"a\.xlsx unpacks to 60 MB, too much for a table"):
+        tables.read_table(tmp_path / "a.xlsx", {"image": ["image"]})

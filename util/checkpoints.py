@@ -84,14 +84,18 @@ def is_run_config(value: Any) -> bool:
     )
 
 
-def _holds_a_run(folder: Path) -> bool:
-    return any((folder / name).exists() for name in RUN_FILES)
+def _is_free(folder: Path) -> bool:
+    try:
+        check_free(folder)
+    except UserError:
+        return False
+    return not (folder / ".lock").exists()
 
 
 def _free_folder(dataset: str) -> Path:
     """Return a folder in runs/ that no run uses, not even one that has just started."""
     folder, number = Path("runs") / dataset, 2
-    while _holds_a_run(folder) or (folder / ".lock").exists():
+    while not _is_free(folder):
         folder = Path("runs") / f"{dataset}-{number}"
         number += 1
     return folder
@@ -131,7 +135,7 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         except Exception as error:
             reason = files.explain(error).splitlines()[0]
             faults.append(f"{folder / name} can't be read ({reason})")
-            log.warning("%s", files.one_line(faults[-1]))
+            log.warning("%s", faults[-1])
     if faults:
         raise UserError(
             f"{' and '.join(faults)}: the run can't go on; start another from its best weights "

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -353,6 +354,13 @@ def one_line(message: str) -> str:
     return "".join(char if char.isprintable() else escape(char) for char in text)
 
 
+class PrintableFormatter(logging.Formatter):
+    """Log records as lines that are safe to print."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(map(printable, super().format(record).splitlines()))
+
+
 def run(main: Callable[[], Any]) -> None:
     """Run a script's `main` and exit with a code that tells what happened.
 
@@ -361,6 +369,7 @@ def run(main: Callable[[], Any]) -> None:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without é shows \xe9, not an error
         sys.stdout.reconfigure(errors="backslashreplace")
+    logging.lastResort.setFormatter(PrintableFormatter())  # of logs that nobody has configured
     # Pillow warns about damaged files in two lines; our own message names the file.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     # A scheduler's SIGTERM works like Ctrl-C, so that `finally` blocks run.

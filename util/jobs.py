@@ -142,7 +142,7 @@ def continue_job(
     if config.json and (lacking := done - sum(image in kept for image in images)):
         # A gallery page has no scores, nor does a row that was written by hand.
         message += f", but no scores of {lacking}: they are left out of {config.json}"
-    print(message, file=sys.stderr)
+    print(files.printable(message), file=sys.stderr)
     return job._replace(
         images=images, remaining=remaining, captioned=captioned, settings=all_settings, entries=kept
     )

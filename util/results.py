@@ -206,7 +206,9 @@ def open_results(file: Any, format: str, n: int) -> Iterator[Callable[[Result], 
     def write(result: Result) -> None:
         if "\n" in result.image or "\r" in result.image:
             raise UserError(f"the file name {result.image!r} has a line break; rename it")
-        stream.write(format_line(format, result, n, folder))
+        line = format_line(format, result, n, folder)
+        # Programs get the content as it is, people at a terminal what is safe to show.
+        stream.write(f"{files.printable(line.rstrip())}\n" if stream.isatty() else line)
         stream.flush()
 
     with contextlib.ExitStack() as stack:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pandas as pd
 from util import files, results
 from util.files import UserError
 
+MOST_UNPACKED = 50_000_000  # bytes of an Excel file, which is an archive, in any case
+BOMB = 20  # the same of larger files, times their size
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".parquet")
 
 
@@ -65,6 +68,12 @@ def read_cells(path: Path) -> pd.DataFrame:
     """Return a CSV, TSV or Excel file, all cells as text without blanks around it."""
     rows = {}
     if path.suffix.lower() == ".xlsx":
+        size = 0
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                size = sum(each.file_size for each in archive.infolist())
+        if size > max(MOST_UNPACKED, BOMB * path.stat().st_size):
+            raise UserError(f"{path} unpacks to {size / 1e6:,.0f} MB, too much for a table")
         table = pd.read_excel(path, header=None, dtype=str, keep_default_na=False)
         rows = dict(enumerate(table.to_numpy().tolist(), 1))
     else:

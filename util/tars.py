@@ -106,7 +106,7 @@ def read_tar(root: str, name: str, wanted: Callable[[str], bool]) -> Iterator[tu
                         yield member.name, tar.extractfile(member).read()
                     tar.members = []  # tarfile would keep them all
         except (tarfile.TarError, EOFError, ValueError) as error:
-            log.warning("%s", files.one_line(f"{locate(root, name)} is damaged ({error})"))
+            log.warning("%s is damaged (%s)", locate(root, name), error)
 
 
 def read_index(root: str | Path, cache_dir: Path) -> dict[str, Any]:
