@@ -162,7 +162,9 @@ def test_top_p_keeps_the_fewest_words_that_reach_it():
     assert {share: kept(SHARES, top_p=share) for share in expected} == expected
     assert kept(SHARES, top_p=0.96) == kept(SHARES, top_p=1.0) == [*range(5)]
     assert len(kept([0.0] * 6, top_p=0.45)) == 3
-    assert len(kept([0.0] * 4, top_p=0.5)) == 2  # two of four reach one half exactly
+    # Words that reach the share exactly are enough: these probabilities have no rounding.
+    assert [len(kept([0.0] * 4, top_p=share)) for share in (0.25, 0.5, 0.75)] == [1, 2, 3]
+    assert len(kept([0.0] * 8, top_p=0.875)) == 7
 
 
 def test_top_p_is_of_the_words_that_top_k_left():

@@ -365,6 +365,26 @@ def test_fewer_captions_of_a_beam_are_the_first_ones():
     same(one, Decoded(five.tokens[:, :1], five.log_prob[:, :1]))
 
 
+@pytest.mark.parametrize(
+    ("penalty", "best", "score", "stops"),
+    [
+        # The best beam has 2 words, a caption at most 8: its score may become best / 8 ** penalty.
+        (1.0, -4.0, -0.6, False),  # -4 / 8 is better than -0.6, though -4 / 3 is not
+        (1.0, -4.0, -0.5, True),  # no better than what is complete already
+        (1.0, -4.0, -0.4, True),
+        (0.0, -4.0, -4.1, False),
+        (0.0, -4.0, -4.0, True),
+        (-1.0, -4.0, -12.5, False),  # the next word, which is the third, would give -12
+        (-1.0, -4.0, -12.0, True),
+    ],
+)
+def test_a_search_stops_when_no_length_could_make_its_best_beam_win(penalty, best, score, stops):
+    # The second score, of a worse caption, is out of reach of the rule for K complete captions.
+    scores = torch.tensor([[score, -99.0]])
+    found = decoding.can_stop(torch.tensor([best]), scores, 1, 2, 8, penalty)
+    assert found.tolist() == [stops]
+
+
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_search_stops_early_when_its_captions_are_complete(penalty):
     toy = Toy(words=6, bias={END: 8.0})
