@@ -2,32 +2,31 @@
 
 B images · S image positions · C backbone channels
 
-A cache is `NAME.npy`, a memory-mapped float16 array (images, views, S, C), and `NAME.json`, which
-says what the features were computed from. View 0 is the image itself, view 1 its mirror image; the
-others are random crops, every second one mirrored (`dataset.is_mirrored`). The cache of many images
-is split into files `NAME-00000.npy`, ..., each with its own .json; `NAME.json` then says how many
-images each file has. An interrupted extraction continues where it stopped. Processes that need the
-same cache at once extract each file only once.
+A cache is `NAME.npy`, a float16 array (images, views, S, C), and `NAME.json`, which says what the
+features were computed from. View 0 is the image itself, view 1 its mirror image; the others are
+random crops, every second one mirrored (`dataset.is_mirrored`). The cache of many images is split
+into files `NAME-00000.npy`, ..., each with its own .json; `NAME.json` then says how many images
+each file has. Processes that need the same cache at once extract each file only once.
+
+`util/cache.py` has the format of the files and how they are checked, `util/extraction.py` how they
+are filled: an interrupted extraction continues where it stopped, and features that are damaged, or
+whose image file has changed, are extracted again.
 
 As a script, `python features.py --shards DIR` writes a dataset as tar shards (`shards.py`).
 """
 
-import errno
 import functools
-import hashlib
-import os
-import shutil
+import logging
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from dataset import Loader, is_mirrored
 from encoder import (
@@ -40,91 +39,17 @@ from encoder import (
 )
 from readers import DATASETS, Record, load_splits
 from shards import write_shards
-from util import files
+from util import cache, files
+from util.cache import FeatureCache, digest
+from util.extraction import bring_up_to_date, is_complete, is_started
 from util.files import UserError
-from util.images import UNREADABLE, are_too_many, read_image, report_left_out
+from util.images import UNREADABLE, read_image, report_left_out
 from util.seeding import fork_seeded
 from util.tars import check_allowed
 
-SAVE_EVERY = 16  # batches between two notes of how far an extraction has come
+log = logging.getLogger(__name__)
+
 MOST_IMAGES = 8192  # per file: 1.6 GB for one view of ResNet-50 features at 224 pixels
-
-
-class FeatureCache:
-    """The features of images by image id, read from disk on demand.
-
-    Raises UserError where the cache was made from something else than `expected`, or is damaged.
-    """
-
-    def __init__(self, path: Path, expected: dict[str, Any] | None = None):
-        """`path`: the cache's .npy file; `expected`: entries that its description must have."""
-        self.path = path
-        description = self.description
-        if (
-            not isinstance(description, dict)
-            or "image_ids" not in description
-            or not description.keys() & {"left_out", "images_per_file"}
-        ):
-            raise UserError(f"{path.with_suffix('.json')} does not describe a feature cache")
-        for key, wanted in (expected or {}).items():
-            found = description.get(key)
-            if found != wanted:
-                raise UserError(
-                    f"the feature cache {path} has {key} {abbreviate(found)}, but "
-                    f"{abbreviate(wanted)} is wanted; delete it, or use another --cache-dir"
-                )
-        self.paths = [path]
-        if "images_per_file" in description:
-            sizes = description["images"], description["images_per_file"]
-            self.paths = [file for file, _ in split_into_files(path, *sizes)]
-        self.arrays = []
-        for file in self.paths:
-            try:
-                # Unlike np.load, open_memmap accepts no other format: neither pickles nor archives.
-                self.arrays.append(np.lib.format.open_memmap(file, mode="r"))
-            except ValueError as error:
-                raise UserError(
-                    f"the feature cache {file} is damaged ({error}); delete it, and it will be "
-                    "made again"
-                ) from error
-        self.images_per_file = len(self.arrays[0])  # the last file may have fewer
-        image_ids: list[str | int] = []
-        self.left_out: list[str | int] = []  # images that could not be read: rows of zeros
-        for file in self.paths:
-            contents = files.read_json(file.with_suffix(".json"))
-            image_ids += contents["image_ids"]
-            self.left_out += contents["left_out"]
-        lost = set(self.left_out)
-        self.rows = {name: row for row, name in enumerate(image_ids) if name not in lost}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __contains__(self, image_id: str | int) -> bool:
-        return image_id in self.rows
-
-    def __reduce__(self) -> tuple:
-        return FeatureCache, (self.path,)  # a worker process maps the files again, without a copy
-
-    @property
-    def description(self) -> Any:
-        """What the .json file says, read from disk each time because the ids may be many."""
-        return files.read_json(self.path.with_suffix(".json"))
-
-    def get(self, image_id: str | int, view: int = 0) -> Tensor:
-        """Return the features (S, C) of an image, float16; KeyError for an unknown id."""
-        file, row = divmod(self.rows[image_id], self.images_per_file)
-        return torch.from_numpy(np.array(self.arrays[file][row, view]))
-
-
-def abbreviate(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:50]}… (sha {digest(text)[:8]})"
-
-
-def digest(text: str) -> str:
-    """Return the SHA-256 of `text`, which may hold lone surrogates, in hex digits."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def cached_features(
@@ -147,6 +72,8 @@ def cached_features(
     `views` of each image are kept. With `amp` the CNN runs in bfloat16 where the device supports
     it: about twice as fast, and the features differ in the third digit. The file name is `name` and
     a digest of the description, so that caches of other weights, sizes or images lie side by side.
+    The whole cache is read once and compared with its checksums, and the image files with what was
+    read of them: what is damaged or has changed is extracted again, with a line in the log.
     Raises UserError where too many images cannot be read.
 
     If `world` processes call this at once, each extracts its share of the files and then waits for
@@ -169,26 +96,19 @@ def cached_features(
         amp=amp,
         views=views,
     )
+    report_other_sizes(path, f"{name}-{encoder.name}-{img_size}-*.json", description)
     parts = plan_files(path, description, len(records), batch_size, world)
-    for file, rows in [*parts[rank::world], *parts]:
-        with files.lock(file.with_suffix(".lock")):
-            if file.exists() and file.with_suffix(".json").exists():
-                continue
-            contents = description
-            if file != path:
-                image_ids = [record.image_id for record in records[rows]]
-                contents = description | {"image_ids": image_ids}
-            not_started = sum(not is_started(each) for each, _ in parts)
-            extract(records[rows], encode, file, contents, len(records), not_started)
-    cache = FeatureCache(path, description)
-    try:
-        report_left_out(cache.left_out, len(records), "can't be read")
-    except UserError:  # once the images are repaired, their files must be extracted again
-        for file in cache.paths:
-            if files.read_json(file.with_suffix(".json"))["left_out"]:
-                remove(file.with_suffix(".json"), file)
-        raise
-    return cache
+    for number in sorted(range(len(parts)), key=lambda number: number % world != rank):
+        file, rows = parts[number]
+        contents = description
+        if file != path:
+            image_ids = [record.image_id for record in records[rows]]
+            contents = description | {"image_ids": image_ids}
+        not_started = sum(not is_started(each) for each, _ in parts)
+        bring_up_to_date(records[rows], encode, file, contents, len(records), not_started)
+    features = FeatureCache(path, description)
+    report_left_out(features.left_out, len(records), "can't be read")
+    return features
 
 
 def describe(
@@ -200,7 +120,7 @@ def describe(
 ) -> dict[str, Any]:
     """Return the description of a cache: everything that its features depend on."""
     image_ids = [record.image_id for record in records]
-    # The size in bytes shows that an image file was replaced; -1: a link that leads nowhere.
+    # Images of other sizes in bytes have a cache of their own; -1: a link that leads nowhere.
     sizes = [r.path.stat().st_size if r.path.exists() else -1 for r in records]
     lines = [f"{image_id} {size}" for image_id, size in zip(image_ids, sizes, strict=True)]
     if len(records) > MOST_IMAGES:  # several files, each of which lists its own ids
@@ -218,6 +138,23 @@ def describe(
     }
 
 
+def report_other_sizes(path: Path, pattern: str, description: dict[str, Any]) -> None:
+    """Log a line where there is a cache of the same images when their files had other sizes."""
+    if is_started(path) or path.with_suffix(".json").exists():
+        return
+    for other in path.parent.glob(pattern):
+        with suppress(UserError, AttributeError):
+            found = files.read_json(other)
+            if found.keys() >= description.keys() and all(
+                found[key] == value for key, value in description.items() if key != "image_files"
+            ):
+                log.warning(
+                    "image files have changed since %s was made: their features are extracted "
+                    "into another cache; delete that one if you no longer need it",
+                    other.with_suffix(".npy"),
+                )
+
+
 def plan_files(
     path: Path, description: dict[str, Any], images: int, batch_size: int, world: int
 ) -> list[tuple[Path, slice]]:
@@ -228,116 +165,42 @@ def plan_files(
     the features, are the same however many files there are.
     """
     index = path.with_suffix(".json")
-    with files.lock(path.with_suffix(".lock")):
-        if is_started(path):
-            return [(path, slice(None))]
-        planned = files.read_json(index) if index.exists() else None
-        per_file = planned.get("images_per_file") if isinstance(planned, dict) else None
-        if not per_file:
-            share = -(-images // world)
-            per_file = batch_size * -(-min(MOST_IMAGES, share) // batch_size)
-            if per_file >= images:
+    if is_complete(path):  # without the lock: the folder may be read-only
+        return [(path, slice(None))]
+    if not (per_file := read_plan(index, description, images)):
+        with files.lock(path.with_suffix(".lock")) as is_locked:
+            if world > 1 and not is_locked:
+                raise UserError(
+                    f"several processes need locks to share a cache, and the file system of "
+                    f"{path.parent} has none; give --cache-dir on another disk, or let one process "
+                    "make the cache first"
+                )
+            if is_started(path):
                 return [(path, slice(None))]
-            files.write_json(index, description | {"images": images, "images_per_file": per_file})
-    return split_into_files(path, images, per_file)
+            if not (per_file := read_plan(index, description, images)):
+                share = -(-images // world)
+                per_file = batch_size * -(-min(MOST_IMAGES, share) // batch_size)
+                if per_file >= images:
+                    return [(path, slice(None))]
+                plan = {"images": images, "images_per_file": per_file}
+                files.write_json(index, description | plan)
+    return cache.split_into_files(path, images, per_file)
 
 
-def split_into_files(path: Path, images: int, per_file: int) -> list[tuple[Path, slice]]:
-    """Return the files of a cache of several, each with the slice of the images that it holds."""
-    return [
-        (path.with_name(f"{path.stem}-{number:05}.npy"), slice(start, start + per_file))
-        for number, start in enumerate(range(0, images, per_file))
-    ]
-
-
-def is_started(path: Path) -> bool:
-    return path.exists() or path.with_suffix(".part").exists()
-
-
-def extract(
-    records: Sequence[Record],
-    encode: Callable[[Sequence[Record]], Iterator["EncodedBatch"]],
-    path: Path,
-    description: dict[str, Any],
-    total: int,
-    not_started: int,
-) -> None:
-    """Write the features of `records` to `path` and their description beside it.
-
-    Until all are there, the features are in a .part file, and .progress says how many of its rows
-    are valid. The cache has `total` images in all its files, `not_started` of which are still to
-    come: the disk must have room for those.
-    """
-    part, progress = path.with_suffix(".part"), path.with_suffix(".progress")
-    if path.exists():  # killed before the .json was written, or the .json was deleted
-        path.replace(part)
-    array, done, left_out = None, 0, []
-    if part.exists() and progress.exists():
-        noted = files.read_json(progress)
-        done, left_out = noted["done"], noted["left_out"]
-        array = np.lib.format.open_memmap(part, mode="r+")
-    else:  # neither is of use without the other
-        remove(part, progress)
-
-    def save_progress() -> None:
-        array.flush()
-        files.write_json(progress, {"done": done, "left_out": left_out})
-
-    bar = tqdm(total=len(records), initial=done, desc=path.stem, unit=" images", disable=None)
-    try:
-        for number, batch in enumerate(encode(records[done:]), 1):
-            rows = len(batch.features)
-            if array is None:
-                array = new_array(part, (len(records), *batch.features.shape[1:]), not_started)
-            array[done : done + rows] = batch.features.cpu().numpy()
-            done, left_out = done + rows, left_out + batch.unreadable
-            bar.update(rows)
-            if are_too_many(len(left_out), total):
-                array = None
-                remove(part, progress)
-                report_left_out(left_out, total, "can't be read")
-            if number % SAVE_EVERY == 0 or done == len(records):
-                save_progress()
-    except KeyboardInterrupt:  # Ctrl-C or SIGTERM: no image is encoded twice
-        if array is not None:
-            save_progress()
-        raise
-    finally:
-        bar.close()
-    array = None  # Windows can't rename a file that is mapped
-    part.replace(path)
-    files.write_json(path.with_suffix(".json"), {**description, "left_out": left_out})
-    remove(progress)
-
-
-def remove(*paths: Path) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
-
-
-def new_array(path: Path, shape: tuple[int, ...], count: int) -> np.ndarray:
-    """Return a new .npy file as an array; OSError if the disk has no room for `count` of them."""
-    needed = 2 * int(np.prod(shape)) * max(1, count)  # bytes: 2 per number
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise OSError(
-            f"the feature cache {path} needs {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are "
-            "free; make room or give --cache-dir on another disk"
-        )
-    array = None
-    try:
-        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-        # A mapped file has no blocks until it is written to. If the disk were full by then, the
-        # process would end with a bus error.
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    except OSError as error:
-        # Some file systems cannot allocate in advance; the array is usable all the same.
-        if array is None or error.errno in (errno.ENOSPC, errno.EDQUOT):
-            path.unlink(missing_ok=True)
-            raise files.write_error(error.errno, path) from error
-    return array
+def read_plan(index: Path, description: dict[str, Any], images: int) -> int | None:
+    """Return how many images each file of a cache has; None where no plan was made."""
+    if not index.exists():
+        return None
+    found = None
+    with suppress(UserError):
+        found = files.read_json(index)
+    per_file = found.get("images_per_file") if isinstance(found, dict) else None
+    if found == {**description, "images": images, "images_per_file": per_file} and (
+        isinstance(per_file, int) and per_file > 0
+    ):
+        return per_file
+    log.warning("%s is damaged: it is made again", index)
+    return None
 
 
 class EncodedBatch(NamedTuple):
@@ -345,12 +208,13 @@ class EncodedBatch(NamedTuple):
 
     `features` (B, views, S, C) float16, zeros for an image that can't be read; `unreadable`: the
     ids of those; `seeds` (B): a checksum of each image's pixels (view 0), the seed with which
-    captions of it are sampled.
+    captions of it are sampled; `sources` (B): `cache.read_source` of each image file.
     """
 
     features: Tensor
     unreadable: list[str | int]
     seeds: list[int]
+    sources: list[str]
 
 
 def encode_images(
@@ -372,7 +236,7 @@ def encode_images(
     dtype = torch.bfloat16 if amp else torch.float32
     encoder = fold_batch_norm(encoder).to(device, dtype)
     start = 0
-    for pixels, seeds, readable in loader:
+    for pixels, seeds, readable, sources in loader:
         with torch.no_grad():  # not around the yield: it would apply to the caller's code too
             pixels = pixels.to(device, dtype, non_blocking=True)
             features = encoder(pixels.flatten(0, 1)).float().unflatten(0, pixels.shape[:2])
@@ -381,11 +245,12 @@ def encode_images(
         unreadable = [records[start + row].image_id for row in lost]
         start += len(features)
         # float16 ends at 65,504: beyond it is infinity.
-        yield EncodedBatch(features.clamp(-65504, 65504).half(), unreadable, seeds.tolist())
+        features = features.clamp(-65504, 65504).half()
+        yield EncodedBatch(features, unreadable, seeds.tolist(), list(sources))
 
 
 class ImageViews(Dataset):
-    """Each image as (pixels (views, 3, H, W), seed, whether it could be read)."""
+    """Each image as (pixels (views, 3, H, W), seed, whether it could be read, source)."""
 
     def __init__(self, records: Sequence[Record], img_size: int, views: int):
         self.records, self.img_size, self.views = records, img_size, views
@@ -395,12 +260,13 @@ class ImageViews(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, bool]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int, bool, str]:
         record = self.records[index]
+        source = cache.read_source(record.path)  # first: a change after it will be noticed
         try:
             image = read_image(record.path)
         except UNREADABLE:
-            return torch.zeros(self.views, 3, self.img_size, self.img_size), 0, False
+            return torch.zeros(self.views, 3, self.img_size, self.img_size), 0, False, source
         original = self.resize(image)
         views = []
         for view in range(self.views):
@@ -410,7 +276,7 @@ class ImageViews(Dataset):
                     pixels = self.random_crop(image)
             views.append(pixels.flip(-1) if is_mirrored(view) else pixels)
         # The same seed as inference.Captioner's, so that both sample the same captions.
-        return torch.stack(views), zlib.crc32(original.contiguous().numpy()), True
+        return torch.stack(views), zlib.crc32(original.contiguous().numpy()), True, source
 
 
 # ---- script ----------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ import features
 from encoder import BACKBONES, Encoder, fold_batch_norm, get_backbone, image_transform
 from features import FeatureCache, cached_features, describe, encode_images
 from readers import Record
+from util import extraction
 from util.images import read_image
 
 # Fixtures, made once for this file.
@@ -89,8 +90,9 @@ def test_the_description_says_what_the_cache_was_made_from(reference, records, e
     assert description["image_ids"] == [record.image_id for record in records]
     assert {"weights", "transform", "views", "left_out"} <= description.keys()
     assert str(records[0].path.parent) not in json.dumps(description)
+    added = {"left_out", "shape", "checksums", "sources"}
     assert describe(records, encoder, 32) == {
-        key: value for key, value in description.items() if key != "left_out"
+        key: value for key, value in description.items() if key not in added
     }
 
 
@@ -261,13 +263,13 @@ def test_the_encoder_runs_folded_and_channels_last(records, encoder, monkeypatch
 
 
 def test_progress_shows_images_per_second(records, encoder, tmp_path, monkeypatch):
-    output, tqdm = io.StringIO(), features.tqdm
+    output, tqdm = io.StringIO(), extraction.tqdm
 
     @functools.wraps(tqdm)
     def visible(*arguments, **keywords):
         return tqdm(*arguments, **{**keywords, "disable": False, "file": output, "mininterval": 0})
 
-    monkeypatch.setattr(features, "tqdm", visible)
+    monkeypatch.setattr(extraction, "tqdm", visible)
     build(records, encoder, tmp_path)
     assert "11/11" in output.getvalue() and " images/s" in output.getvalue()
 

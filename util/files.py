@@ -23,6 +23,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from util.filesystem import find_lock_error, set_mode, sync_file, sync_folder, warn_once
+
 ISSUES = "https://github.com/OWNER/image-captioning/issues"
 # Metadata of a dataclass field whose value makes the model another one: a run that is resumed
 # must not change it.
@@ -51,8 +53,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary = create_temporary(target)
         yield temporary
         with open(temporary, "rb+") as file:
-            temporary.chmod(get_mode(target))
-            os.fsync(file.fileno())
+            set_mode(temporary, get_mode(target))
+            sync_file(file, path)
         os.replace(temporary, target)
         sync_folder(target.parent)
     except OSError as error:
@@ -191,16 +193,6 @@ def get_mode(target: Path) -> int:
     return 0o666 & ~umask
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the renames in `folder` durable, where the system allows it (Windows does not)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, atomically."""
     with replacing(path) as temporary:
@@ -257,22 +249,29 @@ def digest(path: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: str | Path, wait: float = -1, message: str = "") -> Iterator[None]:
+def lock(path: str | Path, wait: float = -1, message: str = "") -> Iterator[bool]:
     """Hold an exclusive lock on `path` among processes; it is freed if the process is killed.
 
     If another process still holds it after `wait` seconds (-1: no limit), raise UserError with
-    `message`.
+    `message`. Yields True; where the file system has no locks, False after a warning.
     """
     from filelock import FileLock, Timeout
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if error := find_lock_error(path):
+        warn_once(
+            f"the file system of {path.parent} has no locks ({error.strerror}): do not start a "
+            "second process that writes to this folder before this one has ended"
+        )
+        yield False
+        return
     try:
         acquired = FileLock(path).acquire(timeout=wait)
     except Timeout:
         raise UserError(message) from None
     with acquired:
-        yield
+        yield True
 
 
 def parse(

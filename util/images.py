@@ -401,9 +401,13 @@ def report_left_out(image_ids: Sequence[str | int], total: int, reason: str) -> 
     """Log which images are left out, and of how many; UserError if they are too many."""
     if not image_ids:
         return
-    shown = ", ".join(str(image_id)[:100] for image_id in image_ids[:10])
-    shown += f" and {len(image_ids) - 10} more" if len(image_ids) > 10 else ""
-    message = f"{len(image_ids)} of {total} images {reason}: {shown}"
+    message = f"{len(image_ids)} of {total} images {reason}: {name_some(image_ids)}"
     if are_too_many(len(image_ids), total):
         raise UserError(f"{message}; more than 1 % is too many to leave out, repair the dataset")
     log.warning("left out: %s", message)
+
+
+def name_some(image_ids: Sequence[str | int]) -> str:
+    """Return the first ten ids, and how many more there are."""
+    shown = ", ".join(str(image_id)[:100] for image_id in image_ids[:10])
+    return f"{shown} and {len(image_ids) - 10} more" if len(image_ids) > 10 else shown

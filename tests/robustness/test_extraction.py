@@ -26,7 +26,7 @@ from helpers.caches import (
 import features
 from encoder import image_transform
 from features import FeatureCache, describe
-from util import files
+from util import extraction, files
 from util.images import read_image
 
 # Fixtures, made once for this file.
@@ -41,7 +41,7 @@ encoder, reference = caches.encoder, caches.reference
 def test_an_interrupted_extraction_continues_where_it_stopped(
     count, reference, records, encoder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(features, "SAVE_EVERY", 2)  # progress is saved after 4 and 8 images
+    monkeypatch.setattr(extraction, "SAVE_EVERY", 2)  # progress is saved after 4 and 8 images
     stop_after(monkeypatch, count)
     with pytest.raises(ExtractionStoppedError):
         build(records, encoder, tmp_path)
@@ -56,7 +56,7 @@ def test_an_interrupted_extraction_continues_where_it_stopped(
 def test_no_image_is_read_again_after_a_kill_before_the_last_file_was_written(
     reference, records, encoder, tmp_path, monkeypatch
 ):
-    write_json = features.files.write_json
+    write_json = extraction.files.write_json
 
     def stopping(path, value):
         if path.suffix == ".json":
@@ -64,7 +64,7 @@ def test_no_image_is_read_again_after_a_kill_before_the_last_file_was_written(
         write_json(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(features.files, "write_json", stopping)
+        patch.setattr(extraction.files, "write_json", stopping)
         with pytest.raises(ExtractionStoppedError):
             build(records, encoder, tmp_path)
     stop_after(monkeypatch, 0)
@@ -76,7 +76,7 @@ def test_no_image_is_read_again_after_a_kill_before_the_last_file_was_written(
 def test_an_extraction_starts_again_where_one_of_its_two_files_is_missing(
     gone, reference, records, encoder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(features, "SAVE_EVERY", 2)
+    monkeypatch.setattr(extraction, "SAVE_EVERY", 2)
     for count in (9, 3):  # the second time no progress was saved
         stop_after(monkeypatch, count)
         with pytest.raises(ExtractionStoppedError):
@@ -97,7 +97,7 @@ def build_in_process(records, folder: Path, last: int, count) -> None:
         return read_image(path)
 
     torch.set_num_threads(1)
-    features.read_image, features.SAVE_EVERY = reading, 1
+    features.read_image, extraction.SAVE_EVERY = reading, 1
     build(records, make_encoder("tiny"), folder)
 
 
@@ -194,7 +194,7 @@ def test_each_process_builds_its_files_and_then_those_that_are_missing(
 def test_an_extraction_into_several_files_continues_where_it_stopped(
     reference, records, encoder, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(features, "SAVE_EVERY", 1)
+    monkeypatch.setattr(extraction, "SAVE_EVERY", 1)
     monkeypatch.setattr(features, "MOST_IMAGES", 4)
     stop_after(monkeypatch, 7)
     with pytest.raises(ExtractionStoppedError):

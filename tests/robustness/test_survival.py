@@ -32,14 +32,14 @@ LIVES = """
 import itertools, json, mmap, os, random, signal, sys, time
 from pathlib import Path
 import matplotlib.pyplot, filelock, numpy, safetensors.torch
-import evaluate, features, train, trainer
-from util import files, plots
+import evaluate, train, trainer
+from util import extraction, files, plots
 
 job = json.loads(sys.argv[1])
 PHASES = ["between", "caching", "step", "evaluation", "checkpoint", "plot", "critical", "end"]
 memory = numpy.frombuffer(mmap.mmap(-1, 4096))  # shared with the lives
 now, entered, seconds = memory[:8], memory[8:16], memory[16:24]
-features.SAVE_EVERY = 1
+extraction.SAVE_EVERY = 1
 
 def marking(owner, name, phase):
     original = getattr(owner, name)
@@ -54,7 +54,7 @@ def marking(owner, name, phase):
             now[0] = outer
     setattr(owner, name, marked)
 
-marking(features, "extract", "caching")
+marking(extraction, "extract", "caching")
 stage = lambda given: "critical" if given[0].critical else "step"
 marking(trainer.Trainer, "clip_gradients", stage)
 marking(evaluate, "caption_batch", "evaluation")
