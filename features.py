@@ -182,13 +182,15 @@ def plan_files(
                 per_file = batch_size * -(-min(MOST_IMAGES, share) // batch_size)
                 if per_file >= images:
                     return [(path, slice(None))]
+                if index.exists():
+                    log.warning("%s is damaged: it is made again", index)
                 plan = {"images": images, "images_per_file": per_file}
                 files.write_json(index, description | plan)
     return cache.split_into_files(path, images, per_file)
 
 
 def read_plan(index: Path, description: dict[str, Any], images: int) -> int | None:
-    """Return how many images each file of a cache has; None where no plan was made."""
+    """Return how many images each file of a cache has; None where there is no valid plan."""
     if not index.exists():
         return None
     found = None
@@ -199,7 +201,6 @@ def read_plan(index: Path, description: dict[str, Any], images: int) -> int | No
         isinstance(per_file, int) and per_file > 0
     ):
         return per_file
-    log.warning("%s is damaged: it is made again", index)
     return None
 
 

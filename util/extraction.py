@@ -66,6 +66,7 @@ def bring_up_to_date(
             remove(path.with_suffix(".json"), path)
             extract(records, encode, path, description, total, not_started)
             return
+        report_version(path)
         replace_rows(records, encode, path, contents, stale)
 
 
@@ -89,18 +90,22 @@ def save_times(path: Path, contents: dict[str, Any]) -> None:
 
     That only saves time in the next run, so a folder that can't be written to is no error.
     """
-    before = read_description(path)
-    if "sources" not in before:
+    report_version(path)
+    if contents != read_description(path):
+        with suppress(OSError), files.lock(path.with_suffix(".lock")):
+            now = read_description(path)  # another process may have replaced rows
+            if now.get("checksums") in (None, contents["checksums"]):
+                files.write_json(path.with_suffix(".json"), contents)
+
+
+def report_version(path: Path) -> None:
+    """Log a line where a file was made by a version that did not note sources."""
+    if "sources" not in read_description(path):
         log.warning(
             "%s was made by an earlier version, which did not note what the image files held: "
             "delete it if you have replaced images since; from now on such changes are noticed",
             path,
         )
-    if contents != before:
-        with suppress(OSError), files.lock(path.with_suffix(".lock")):
-            now = read_description(path)  # another process may have replaced rows
-            if now.get("checksums") in (None, contents["checksums"]):
-                files.write_json(path.with_suffix(".json"), contents)
 
 
 def replace_rows(
@@ -112,14 +117,13 @@ def replace_rows(
 ) -> None:
     """Encode the images of the `stale` rows of a file again, after a line that says why."""
     for reason, text in (
-        ("changed", "image files have changed since their features were extracted"),
-        ("damaged", "images have features that are damaged on disk"),
-        ("readable", "images that were left out can be read now"),
+        ("changed", "the image files have changed"),
+        ("damaged", "the cache is damaged there"),
+        ("readable", "they can be read now"),
     ):
         if names := [records[row].image_id for row, why in stale.items() if why == reason]:
-            log.warning(
-                "%s: %d %s; extracting them again: %s", path, len(names), text, name_some(names)
-            )
+            counts = f"{len(names)} of {len(records)} images"
+            log.warning("%s: extracting %s again, as %s: %s", path, counts, text, name_some(names))
     rows, done = sorted(stale), 0
     left_out = set(contents["left_out"]) - {records[row].image_id for row in rows}
 
