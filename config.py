@@ -23,6 +23,7 @@ from util import distributed, files
 from util.checkpoints import is_run_config
 from util.files import IDENTITY, UserError
 from util.tars import check_allowed, is_command
+from util.threads import MOST_THREADS, default_workers
 
 # Known models. The classics take images of the backbone's own size (img_size None), in one view.
 CLASSIC = {"img_size": None, "views": 1}
@@ -95,7 +96,7 @@ class DataConfig:
     views: int = 1
     """Views of each training image in the cache: 1 the image alone, 2 the mirrored image too, more:
     random crops, every other one mirrored. Each epoch uses one of them, chosen at random."""
-    workers: int = 2
+    workers: int = field(default_factory=default_workers)
     """Processes that read images."""
 
 
@@ -149,6 +150,8 @@ class TrainConfig:
     """Continue the run in --output (or runs/DATASET) where it stopped, with its flags."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    threads: int | None = None
+    """CPU threads to compute with (default: one for each CPU that this process may use)."""
     amp: bool = True
     """Mixed precision (bfloat16) where the device is made for it: GPUs, CPUs with AVX512-BF16."""
     compile: bool = False
@@ -321,8 +324,8 @@ def flag(name: str) -> str:
 
 # The lowest value of each whole number; the ranges of the others.
 AT_LEAST = {
-    "limit": 1, "min_count": 1, "views": 1, "workers": 0, "epochs": 0, "batch_size": 1,
-    "accumulate": 1, "scst_epochs": 0, "scst_samples": 2, "patience": 0,
+    "limit": 1, "min_count": 1, "views": 1, "workers": 0, "threads": 1, "epochs": 0,
+    "batch_size": 1, "accumulate": 1, "scst_epochs": 0, "scst_samples": 2, "patience": 0,
 }  # fmt: skip
 AT_LEAST_0 = ("scst_bleu", "grad_clip", "weight_decay", "attention_penalty")
 SHARES = ("warmup", "label_smoothing", "ema")
@@ -346,6 +349,7 @@ def validate(config: Config) -> None:
         check(name, values[name] is None or values[name] >= least, f"at least {least}")
     check("workers", values["workers"] <= MOST_WORKERS, f"at most {MOST_WORKERS:,}")
     check("seed", -(2**63) <= values["seed"] < 2**63, "a number of 64 bits")
+    check("threads", (values["threads"] or 1) <= MOST_THREADS, f"at most {MOST_THREADS:,}")
     for name in AT_LEAST_0:
         finite = name == "grad_clip" or values[name] < math.inf
         check(name, values[name] >= 0 and finite, "at least 0 and finite")

@@ -14,6 +14,10 @@ from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Before torch, which reads how its threads wait when it is loaded.
+from util import threads  # noqa: F401
+
+# isort: split
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset

@@ -12,6 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
+# Before torch, which reads how its threads wait when it is loaded.
+from util import threads  # noqa: F401
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor

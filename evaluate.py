@@ -14,6 +14,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+# Before torch, which reads how its threads wait when it is loaded.
+from util import threads
+
+# isort: split
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -334,10 +338,12 @@ class Config:
     """Write a page (.html) of the scores and the best and worst captions, with their images."""
     batch_size: int = 64
     """Images per batch."""
-    workers: int = 2
+    workers: int = field(default_factory=threads.default_workers)
     """Processes that read images."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    threads: int | None = None
+    """CPU threads to compute with (default: one for each CPU that this process may use)."""
 
     def __post_init__(self) -> None:
         for name, least in (("limit", 1), ("batch_size", 1), ("workers", 0)):
@@ -421,6 +427,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     check_outputs(config)
     with distributed.join():
+        threads.use_threads(config.threads)
         report, captions = evaluate(config)
     if not report:  # only the main process has one
         return

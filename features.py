@@ -24,6 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+# Before torch, which reads how its threads wait when it is loaded.
+from util import threads  # noqa: F401
+
+# isort: split
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -304,7 +308,7 @@ class Config:
     limit: int | None = None
     """Use only this many images of each split, for quick trials."""
     workers: int | None = None
-    """Threads that read images (default: one for each processor)."""
+    """Threads that read images (default: one for each CPU that this process may use)."""
     json: Path | None = None
     """Write the images and captions of each shard to this JSON file."""
 

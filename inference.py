@@ -16,6 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Before torch, which reads how its threads wait when it is loaded.
+from util import threads
+
+# isort: split
 import numpy as np
 import torch
 from torch import Tensor
@@ -256,10 +260,12 @@ class Config:
     outputs: OutputConfig = field(default_factory=OutputConfig)
     batch_size: int = 16
     """Images per batch."""
-    workers: int = 2
+    workers: int = field(default_factory=threads.default_workers)
     """Threads that read images ahead."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    threads: int | None = None
+    """CPU threads to compute with (default: one for each CPU that this process may use)."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -270,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     about = {"program": "inference.py", "description": "Caption images."}
     with distributed.join(MAX_WAIT):
         config = distributed.on_main(lambda: files.parse(flags, argv, **about))
+        threads.use_threads(config.threads)
         job = distributed.on_main(lambda: plan(config))
         outputs = config.outputs
         checkpoints = list_checkpoints(config.checkpoint, config.ensemble)

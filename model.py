@@ -12,6 +12,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+# Before torch, which reads how its threads wait when it is loaded.
+from util import threads  # noqa: F401
+
+# isort: split
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

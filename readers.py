@@ -30,6 +30,7 @@ from util import files, shapes, tables, tars
 from util.files import UserError
 from util.folders import Folders, add_folders, find_file, find_images, scan_folders
 from util.images import UNREADABLE, read_image, report_left_out
+from util.threads import count_cpus
 
 log = logging.getLogger(__name__)
 
@@ -415,7 +416,7 @@ def keep_readable(records: Sequence[Record]) -> list[Record]:
         return True
 
     bar = {"desc": "checking images", "unit": " images", "disable": None, "leave": False}
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=count_cpus()) as pool:
         readable = list(tqdm(pool.map(is_readable, records), total=len(records), **bar))
     lost = [record.image_id for record, good in zip(records, readable, strict=True) if not good]
     report_left_out(lost, len(records), "can't be read")

@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +34,7 @@ from util.tars import (
     read_tar,
     write_index,
 )
+from util.threads import count_cpus
 
 SPLITS = ("train", "val", "test")
 BOMB = 50  # largest unpacked size of a list, times its size: captions shrink to a fifth
@@ -160,7 +160,7 @@ def write_shards(
                     f"{folder} holds another {name}, which would be lost; name another folder"
                 )
         unfinished.touch()
-        with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(workers or count_cpus()) as pool:
             rows = {
                 split: write_tars(folder, split, records, shard_size, pool)
                 for split, records in ordered.items()

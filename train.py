@@ -15,6 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+# Before torch, which reads how its threads wait when it is loaded.
+from util import threads
+
+# isort: split
 import torch
 from tqdm import tqdm
 
@@ -419,8 +423,8 @@ def write_samples(path: Path, records: Sequence[Record], captions: dict[Any, str
 def training_info(config: Config) -> dict[str, Any]:
     """Return the flags for the model file: how it was trained, without paths of this machine."""
     flags = flatten(config)
-    own = ("data_dir", "allow_commands", "cache_dir", "output", "resume", "device", "workers")
-    for name in own:
+    own = ("data_dir", "allow_commands", "cache_dir", "output", "resume")
+    for name in (*own, "device", "workers", "threads"):
         del flags[name]
     if init_from := flags["init_from"]:  # how that model was trained, in place of its path
         flags["init_from"] = read_metadata(init_from).get("training")
@@ -459,7 +463,9 @@ def print_row(row: dict[str, Any], device: torch.device) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Train a captioner."""
     with distributed.join():
-        train(distributed.on_main(lambda: configure(argv)))
+        config = distributed.on_main(lambda: configure(argv))
+        threads.use_threads(config.train.threads)
+        train(config)
 
 
 if __name__ == "__main__":
