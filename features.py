@@ -49,6 +49,7 @@ from util.extraction import bring_up_to_date, is_complete, is_started
 from util.files import UserError
 from util.images import UNREADABLE, read_image, report_left_out
 from util.seeding import fork_seeded
+from util.sources import read_source
 from util.tars import check_allowed
 
 log = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ class EncodedBatch(NamedTuple):
 
     `features` (B, views, S, C) float16, zeros for an image that can't be read; `unreadable`: the
     ids of those; `seeds` (B): a checksum of each image's pixels (view 0), the seed with which
-    captions of it are sampled; `sources` (B): `cache.read_source` of each image file.
+    captions of it are sampled; `sources` (B): `sources.read_source` of each image file.
     """
 
     features: Tensor
@@ -267,7 +268,7 @@ class ImageViews(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, bool, str]:
         record = self.records[index]
-        source = cache.read_source(record.path)  # first: a change after it will be noticed
+        source = read_source(record.path)  # first: a change after it will be noticed
         try:
             image = read_image(record.path)
         except UNREADABLE:

@@ -23,6 +23,7 @@ from util import files
 from util.files import UserError
 from util.images import EXTENSIONS, read_image, report_left_out
 from util.seeding import derive_seed
+from util.sources import digest_file
 from util.tars import (
     INDEX,
     NAME,
@@ -134,15 +135,18 @@ def write_shards(
         split: sorted(records, key=lambda record: derive_seed(seed, record.image_id))
         for split, records in splits.items()
     }
-    digest = hashlib.sha256(f"{VERSION}/{shard_size}".encode())
+    digest, earlier = (hashlib.sha256(f"{VERSION}/{shard_size}".encode()) for _ in range(2))
     for split, record in ((split, one) for split, records in ordered.items() for one in records):
         size = record.path.stat().st_size if record.path.is_file() else -1
-        digest.update(json.dumps([split, record.image_id, size, record.captions]).encode())
+        row = [split, record.image_id, size, record.captions]
+        earlier.update(json.dumps(row).encode())  # as versions did that compared only sizes
+        digest.update(json.dumps([*row, digest_file(record.path)]).encode())
     unfinished = folder / ".unfinished"
     with files.lock(folder / ".lock", 10, f"another process is writing shards into {folder}"):
         if (folder / INDEX).exists():
             index = files.read_json(folder / INDEX)
-            if isinstance(index, dict) and index.get("fingerprint") == digest.hexdigest():
+            known = (digest.hexdigest(), earlier.hexdigest())
+            if isinstance(index, dict) and index.get("fingerprint") in known:
                 return index
         elif unfinished.exists():
             for left in folder.glob("*-??????*.tar"):

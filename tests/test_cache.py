@@ -15,7 +15,7 @@ from helpers.caches import build, make_images, stop_after
 
 import features
 from features import FeatureCache, encode_images
-from util import cache, extraction
+from util import cache, extraction, sources
 from util.files import UserError
 
 # Fixtures, made once for this file.
@@ -117,7 +117,7 @@ def test_a_dataset_that_was_copied_is_not_encoded_again(
     found, read, lines = read_again(moved, encoder, tmp_path, monkeypatch, caplog)
     assert (read, lines) == ([], []) and found.path.read_bytes() == before
     # Its times were noted: the next run reads no image file.
-    monkeypatch.setattr(cache, "read_source", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(sources, "read_source", lambda path: pytest.fail("read again"))
     build(moved, encoder, tmp_path / "cache")
 
 
@@ -392,10 +392,10 @@ def test_a_source_is_size_times_and_digest(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(b"abc")
     about = path.stat()
-    assert cache.read_source(path) == (
+    assert sources.read_source(path) == (
         f"3 {about.st_ctime_ns} {about.st_mtime_ns} ba7816bf8f01cfea"
     )
-    assert cache.read_source(tmp_path / "none") == cache.read_source(tmp_path) == ""
+    assert sources.read_source(tmp_path / "none") == sources.read_source(tmp_path) == ""
 
 
 def test_a_file_is_read_and_written_where_the_system_has_no_positions(built, monkeypatch):

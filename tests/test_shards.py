@@ -1,11 +1,13 @@
 """Shards hold the dataset they were written from; damaged and hostile ones are one clear line."""
 
 import gzip
+import hashlib
 import io
 import json
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tarfile
@@ -29,6 +31,7 @@ import shards
 from readers import load_split
 from shards import SPLITS
 from util import files, tars
+from util.seeding import derive_seed
 
 wds = pytest.importorskip("webdataset")
 
@@ -151,6 +154,30 @@ def test_a_killed_writer_leaves_no_index_and_the_next_call_writes_all(written, d
 def test_what_is_written_already_is_not_written_again(written, drawn, monkeypatch):
     monkeypatch.setattr(shards, "write_tars", lambda *_: pytest.fail("all is there"))
     write(drawn, written)
+
+
+def test_images_that_were_replaced_by_others_of_the_same_size_are_noticed(drawn, tmp_path):
+    record = load_split("shapes", drawn, "train")[0]
+    path = Path(shutil.copy(record.path, tmp_path / "image.png"))
+    splits = {"train": [record._replace(path=path)]}
+    index = shards.write_shards(splits, tmp_path / "made", "csv")
+    assert shards.write_shards(splits, tmp_path / "made", "csv") == index
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match="holds tar files of other data"):
+        shards.write_shards(splits, tmp_path / "made", "csv")
+
+
+def test_shards_of_the_version_that_compared_only_sizes_are_known(drawn, tmp_path):
+    records = load_split("shapes", drawn, "train")[:2]
+    shards.write_shards({"train": records}, tmp_path / "made", "csv")
+    about = files.read_json(tmp_path / "made" / "index.json")
+    digest = hashlib.sha256(b"1/1000")
+    for one in sorted(records, key=lambda one: derive_seed(0, one.image_id)):
+        row = ["train", one.image_id, one.path.stat().st_size, one.captions]
+        digest.update(json.dumps(row).encode())
+    about["fingerprint"] = digest.hexdigest()
+    files.write_json(tmp_path / "made" / "index.json", about)
+    assert shards.write_shards({"train": records}, tmp_path / "made", "csv") == about
 
 
 def test_a_folder_of_other_files_is_not_changed(written, drawn, tmp_path, capsys):

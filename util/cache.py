@@ -3,21 +3,19 @@
 S image positions · C backbone channels
 
 `NAME.npy` is a float16 array (images, views, S, C). `NAME.json` describes it: its "shape"; by row
-"image_ids", "checksums" (CRC-32) and "sources", which identify the content of the image files; and
-"left_out", the ids of images that could not be read, whose rows are zeros. Caches of earlier
-versions have no shape, checksums and sources.
+"image_ids", "checksums" (CRC-32) and "sources" (`util/sources.py`); and "left_out", the ids of
+images that could not be read, whose rows are zeros. Caches of earlier versions have no shape,
+checksums and sources.
 
 Files are read and written, not mapped into memory: that is as fast, and where a mapped file is cut
 short, or its disk full, the process is killed without a word (SIGBUS).
 """
 
-import contextlib
 import errno
 import hashlib
 import math
 import os
 import shutil
-import stat
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -32,10 +30,11 @@ from tqdm import tqdm
 
 from util import files
 from util.files import UserError
+from util.sources import is_same_content, update_sources
+from util.threads import default_workers
 
 T = TypeVar("T")
 CHUNK = 2**22  # bytes that are read at a time when a whole file is checked
-THREADS = 4  # that read and compute checksums, outside of Python's global lock
 
 
 class DamagedError(UserError):
@@ -257,60 +256,6 @@ def split_into_files(path: Path, images: int, per_file: int) -> list[tuple[Path,
     ]
 
 
-# ---- what a row was made of ------------------------------------------------------------------
-
-
-def read_source(path: Path) -> str:
-    """Return what identifies the content of an image file: "SIZE CHANGED MODIFIED SHA256".
-
-    Times are in nanoseconds since 1970, the digest has 16 digits. Empty if there is no such file,
-    or it can't be read.
-    """
-    if times := read_times(path):
-        checksum = hashlib.sha256()
-        with contextlib.suppress(OSError), open(path, "rb") as file:
-            while part := file.read(2**20):
-                checksum.update(part)
-            return f"{times} {checksum.hexdigest()[:16]}"
-    return ""
-
-
-def read_times(path: Path) -> str:
-    """Return "SIZE CHANGED MODIFIED" of a file, empty if there is none.
-
-    Whoever restores the time of modification, or renames the file, still sets the time of change.
-    """
-    with contextlib.suppress(OSError):
-        about = os.stat(path)
-        if stat.S_ISREG(about.st_mode):  # a pipe would have to be waited for
-            return f"{about.st_size} {about.st_ctime_ns} {about.st_mtime_ns}"
-    return ""
-
-
-def update_sources(images: Sequence[Path], sources: Sequence[str | None]) -> list[str | None]:
-    """Return the `sources` as they are now. Only files whose size or times differ are read.
-
-    A file that can't be read now keeps what it had.
-    """
-    moved = [
-        row
-        for row, (path, source) in enumerate(zip(images, sources, strict=True))
-        if not source or source.rpartition(" ")[0] != read_times(path)
-    ]
-    updated = list(sources)
-    with ThreadPoolExecutor(THREADS) as pool:
-        for row, found in zip(
-            moved, pool.map(lambda row: read_source(images[row]), moved), strict=True
-        ):
-            updated[row] = found or sources[row]
-    return updated
-
-
-def is_same_content(one: str | None, other: str | None) -> bool:
-    """Return whether two sources have the same digest; None: a row that was being written."""
-    return None not in (one, other) and one.rpartition(" ")[2] == other.rpartition(" ")[2]
-
-
 # ---- checking a file -------------------------------------------------------------------------
 
 
@@ -340,7 +285,8 @@ def scan(file: FeatureFile, look: Callable[[np.ndarray], T]) -> Iterator[T]:
 
     bar = tqdm(total=len(file), desc=f"checking {file.path.stem}", unit=" images", disable=None,
                leave=False, delay=2)  # fmt: skip
-    with ThreadPoolExecutor(THREADS) as pool, bar:
+    # Reading and checksums release Python's global lock.
+    with ThreadPoolExecutor(default_workers()) as pool, bar:
         for results in pool.map(look_at_chunk, range(0, len(file), step)):
             bar.update(len(results))
             yield from results
