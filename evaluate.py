@@ -380,6 +380,8 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
                 "checkpoint that it was exported from"
             )
         share = distributed.split_by_rank(records)
+        if len(share) > config.batch_size:
+            threads.warn_of_overload()
         captions = {}
         for batch in encode_split(
             model, share, batch_size=config.batch_size, workers=config.workers

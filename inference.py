@@ -337,6 +337,8 @@ def caption_share(captioner: Captioner, job: Job, config: Config) -> Tally:
     """
     images, outputs, tally = distributed.split_by_rank(job.remaining), config.outputs, Tally()
     written = []
+    if len(images) > config.batch_size:
+        threads.warn_of_overload()
     with contextlib.ExitStack() as stack:
         if job.format:
             file = outputs.output or sys.stdout

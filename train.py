@@ -432,7 +432,8 @@ def training_info(config: Config) -> dict[str, Any]:
 
 
 def print_start(config: Config, model: CaptionModel, records: Records, folder: Path) -> None:
-    """Print what is about to be trained."""
+    """Print what is about to be trained, and whether the machine has time for it."""
+    threads.warn_of_overload()
     trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
     images = ", ".join(f"{len(every)} {split}" for split, every in records.items())
     print(f"{config.data.dataset}: {images} images, {len(model.vocabulary)} words")

@@ -89,17 +89,13 @@ def default_workers() -> int:
 
 
 def use_threads(count: int | None) -> None:
-    """Compute with `count` threads (None: the default); log a line if the machine is overloaded.
-
-    Raises UserError if `count` is out of range.
-    """
+    """Compute with `count` threads (None: the default); UserError if that is out of range."""
     import torch
 
     if count is not None:
         if not 1 <= count <= MOST_THREADS:
             raise UserError(f"--threads {count} must be between 1 and {MOST_THREADS:,}")
         torch.set_num_threads(count)
-    warn_of_overload()
 
 
 def warn_of_overload() -> None:
