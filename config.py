@@ -87,7 +87,8 @@ class DataConfig:
     limit: int | None = field(default=None, metadata=IDENTITY)
     """Use only this many images of each split, for quick trials."""
     min_count: int = field(default=4, metadata=IDENTITY)
-    """Words that occur less often in the training captions are unknown."""
+    """Words that occur less often in the training captions are unknown (all that --init-from has
+    are kept)."""
     augment: bool = True
     """Where the CNN is trained: random crops, and mirrored images unless a caption says left or
     right."""
@@ -139,13 +140,15 @@ class TrainConfig:
     """Decay of the average of weights that is evaluated and saved (0: no average); in
     self-critical training it is the mean of all weights since its start."""
     patience: int = 5
-    """Stop after this many epochs without a better validation CIDEr (0: never)."""
+    """Stop after this many epochs without a better validation CIDEr (0: never); epoch 0 is not
+    counted."""
     seed: int = 0
     """Seed of weights, order, dropout and augmentation."""
     output: Path | None = None
     """Folder of the run; if none is given, runs/DATASET, with a number if that is taken."""
     init_from: Path | None = None
-    """Start from the weights, words and sizes of this model: a model file, or a run's folder."""
+    """Start from the weights, words and sizes of this model: a model file, or a run's folder.
+    Words of the captions that it lacks are added (see --min-count), its scores are epoch 0."""
     resume: bool = False
     """Continue the run in --output (or runs/DATASET) where it stopped, with its flags."""
     device: str = "auto"

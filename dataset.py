@@ -120,6 +120,28 @@ class CaptionDataset(Dataset):
         return record.image_id, pixels.flip(-1) if mirror else pixels, tokens
 
 
+def digest_records(records: Sequence[Record]) -> Tensor:
+    """Return (N, 2) int64: digests of each image's id and of its captions, in any order."""
+    rows = [
+        (derive_seed(record.image_id), derive_seed("\n".join(sorted(record.captions))))
+        for record in records
+    ]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, 2)
+
+
+def describe_changes(before: Tensor, now: Tensor) -> str:
+    """Return how two results of `digest_records` differ, for messages; "" where they do not."""
+    old, new = (dict(digests.tolist()) for digests in (before, now))
+    counts = {
+        "added": len(new.keys() - old.keys()),
+        "removed": len(old.keys() - new.keys()),
+        "with other captions": sum(new.get(each, text) != text for each, text in old.items()),
+    }
+    if changes := [f"{count:,} {what}" for what, count in counts.items() if count]:
+        return f"images: {', '.join(changes)}"
+    return "" if list(old) == list(new) else "images in another order"
+
+
 def is_mirrored(view: int) -> bool:
     """Return whether this view of an image in the feature cache is a mirrored one."""
     return view % 2 == 1

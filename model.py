@@ -125,7 +125,7 @@ class CaptionModel(nn.Module):
                 "transform": TRANSFORM,
                 **asdict(self.config),
             },
-            "vocabulary": self.vocabulary.words[len(Vocabulary.SPECIALS) :],
+            "vocabulary": self.vocabulary.known,
         }
         tensors = {
             name: (to_half(tensor) if half else tensor).contiguous()
@@ -168,6 +168,24 @@ class CaptionModel(nn.Module):
         config = DecoderConfig(**sizes)
         config.validate()
         return cls(Encoder(name, trained, grid), config, Vocabulary.from_file(words), img_size)
+
+
+def add_rows(state: dict[str, Tensor], larger: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a model's `state` with rows for new words, so that it fits a model with more words.
+
+    `larger`: the state of that one, which is otherwise the same. A new row of the embedding, the
+    output layer or its bias is the mean of the words' rows. With it n new words among V take at
+    most n / (V + n) of the probability, whatever the caption so far: the mean of logits is at most
+    the logarithm of the mean of their exponentials.
+    """
+    extended = {}
+    for name, tensor in state.items():
+        missing = larger[name].shape[0] - tensor.shape[0] if tensor.dim() else 0
+        if missing:
+            mean = tensor[len(Vocabulary.SPECIALS) :].mean(0, keepdim=True)
+            tensor = torch.cat([tensor, mean.expand(missing, *tensor.shape[1:])])
+        extended[name] = tensor
+    return extended
 
 
 def to_half(tensor: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 """Train a captioner: `python train.py --dataset shapes`, or on Flickr8k without any flag.
 
 The training loop is `train_epoch`. What it keeps between steps is in `trainer.py`, what it
-minimises in `losses.py`, the flags in `config.py`.
+minimises in `losses.py`, its data and model are made in `prepare.py`, the flags are in `config.py`.
 
 B images · S image positions · C backbone channels · T words · V vocabulary · M captions in a batch
 """
 
 import contextlib
-import logging
 import math
 import time
 from collections.abc import Iterable, Sequence
@@ -23,32 +22,37 @@ import torch
 from tqdm import tqdm
 
 from config import Config, configure, flatten
-from dataset import CaptionDataset, get_loader, stream_loader
+from dataset import digest_records
 from decoding import DecodingConfig
-from encoder import Encoder, build_encoder, image_transform
 from evaluate import print_scores, score_split
-from features import FeatureCache, cached_features
+from features import FeatureCache
 from losses import Reward, sample_captions
-from model import CaptionModel, read_metadata
-from readers import Record, data_folder, keep_readable, list_shards, load_splits
+from model import CaptionModel
+from prepare import (
+    Caches,
+    Records,
+    build,
+    check_not_begun,
+    init_checkpoint,
+    load_data,
+    load_epoch,
+    read_vocabulary,
+    training_info,
+    warn_of_changes,
+    warn_of_few_images,
+)
+from readers import Record
 from trainer import Trainer
 from util import distributed, files, plots
 from util.checkpoints import load_state, run_folder, save_state, write_metrics
-from util.distributed import pick_device
 from util.files import UserError
 from util.images import read_image
 from util.layers import to_device
 from util.signals import Interrupts, StoppedError
-from vocabulary import Vocabulary
-
-log = logging.getLogger(__name__)
 
 # Three beams rank epochs as five do. Greedy decoding does not: self-critical training improves it
 # long after beam search has become worse.
 VALIDATION = DecodingConfig(beam_size=3)
-
-Records = dict[str, Sequence[Record]]  # by split
-Caches = dict[str, FeatureCache]
 
 
 # --- the loop
@@ -104,106 +108,6 @@ def sync_after(net: torch.nn.Module, *, last: bool) -> contextlib.AbstractContex
     return contextlib.nullcontext() if last or distributed.world_size() == 1 else net.no_sync()
 
 
-# --- the data and the model
-
-
-def load_data(config: Config) -> Records:
-    """Return the records of each split that the dataset has; the train split is required."""
-    data = config.data
-    where = (data.dataset, data.data_dir, data.split_seed, data.cache_dir)
-    if data.dataset == "shards":
-        if data.views > 1:
-            raise UserError(
-                f"--views {data.views} is for a feature cache, and shards are read without one"
-            )
-        root = data_folder(data.dataset, data.data_dir)
-        train = list_shards(root, "train", data.cache_dir)  # images are streamed
-        splits = {"train": train} | load_splits(*where, splits=("val", "test"))
-    else:
-        splits = load_splits(*where, required=("train",))
-    n_train = max(1, round(data.train_fraction * len(splits["train"])))
-    splits["train"] = splits["train"][:n_train]
-    return {split: records[: data.limit] for split, records in splits.items()}
-
-
-def build(config: Config, records: Records) -> tuple[CaptionModel, Records, Caches]:
-    """Return the model on its device, the records whose image can be read, and cached features.
-
-    Features are cached where the CNN is frozen; images of shards are streamed.
-    """
-    device = pick_device(config.train.device)
-    init_model = CaptionModel.load(config.train.init_from) if config.train.init_from else None
-    torch.manual_seed(config.train.seed)
-    encoder = make_encoder(config, init_model).to(device)
-    if init_model:
-        vocabulary = init_model.vocabulary
-    else:
-        # Of the training captions only: a model must not know words from val or test.
-        captions = (caption for record in records["train"] for caption in record.captions)
-        vocabulary = Vocabulary.build(captions, config.data.min_count)
-    records, caches = dict(records), {}
-    for split, every in records.items():
-        if split == "train" and config.data.dataset == "shards":
-            continue
-        if encoder.trained != "none":
-            records[split] = keep_readable(every)
-            continue
-        # For val and test the same features as evaluate.py: one view, in full precision.
-        train = split == "train"
-        caches[split] = cache = cached_features(
-            every, encoder, config.encoder.img_size, config.data.cache_dir,
-            f"{config.data.dataset}-{split}", device=device, workers=config.data.workers,
-            amp=config.train.amp and train, views=config.data.views if train else 1,
-            rank=distributed.rank(), world=distributed.world_size(),
-        )  # fmt: skip
-        records[split] = [record for record in every if record.image_id in cache]
-    # The decoder starts from the same weights, however many numbers the encoder has drawn.
-    torch.manual_seed(config.train.seed)
-    model = CaptionModel(encoder, config.decoder, vocabulary, config.encoder.img_size)
-    if init_model:
-        model.load_state_dict(init_model.state_dict())
-    # The optimiser is built later, over parameters that are on their device already.
-    return model.to(device), records, caches
-
-
-def make_encoder(config: Config, init_model: CaptionModel | None) -> Encoder:
-    """Return the encoder that the flags name, with the weights of `init_model` if there is one."""
-    flags = config.encoder
-    if not init_model:
-        return build_encoder(
-            flags.cnn_backbone, flags.cnn_weights, finetune=flags.finetune_cnn, grid=flags.grid
-        )
-    trained = "last" if flags.finetune_cnn else "all" if flags.cnn_weights == "none" else "none"
-    encoder = Encoder(flags.cnn_backbone, trained, flags.grid)
-    encoder.load_state_dict(init_model.encoder.state_dict())
-    return encoder.to(memory_format=torch.channels_last)
-
-
-def load_epoch(trainer: Trainer, config: Config, records: Sequence[Record], cache: Any) -> Any:
-    """Return the loader of this epoch's micro-batches, from where an interrupted epoch stopped."""
-    model, data = trainer.model, config.data
-    augment = data.augment and model.encoder.trained != "none"
-    transform = image_transform(model.img_size, train=augment)
-    dataset = CaptionDataset(
-        records, model.vocabulary, model.config.seq_len, transform, cache,
-        views=data.views, flip=augment, seed=config.train.seed,
-    )  # fmt: skip
-    options = {
-        "seed": config.train.seed,
-        "epoch": trainer.epoch,
-        "skip": trainer.batch,
-        # Cached features are read faster than another process could hand them over.
-        "workers": 0 if cache is not None else data.workers,
-        "accumulate": config.train.accumulate,
-        "rank": distributed.rank(),
-        "world": distributed.world_size(),
-    }
-    if data.dataset == "shards":
-        root = data_folder("shards", data.data_dir)
-        return stream_loader(dataset, root, config.train.batch_size, **options)
-    return get_loader(dataset, config.train.batch_size, shuffle=True, **options)
-
-
 # --- a run
 
 
@@ -214,28 +118,39 @@ def train(config: Config) -> dict[str, Any]:
         records = load_data(config)
         if not resume:  # before hours of feature extraction, so that --resume can go on after them
             write_config(folder, config)
-        model, records, caches = build(config, records)
+            warn_of_few_images(config, len(records["train"]))
+        state = load_state(folder) if resume else None
+        if resume and not state:
+            check_not_begun(folder)
+            print(
+                f"{files.printable(folder)} has no training state yet: training starts with the "
+                "first step"
+            )
+        source = init_checkpoint(config, folder, resumed=bool(state))
+        init_model = CaptionModel.load(source) if source else None
+        resumed = read_vocabulary(folder, state) if state else None
+        model, records, caches = build(config, records, init_model, resumed)
         steps_per_epoch = math.ceil(len(records["train"]) / config.train.batch_size)
         trainer = Trainer(model, config.train, steps_per_epoch)
+        trainer.training_info = training_info(config, source)
+        trainer.data = {split: digest_records(every) for split, every in records.items()}
         if config.train.scst_epochs:
             trainer.reward = Reward(records["train"], model.vocabulary, config.train.scst_bleu)
+        if state:
+            trainer.load(state)
+            warn_of_changes(trainer, state.get("data"), records["train"], config)
         if resume:
-            if state := load_state(folder):
-                trainer.load(state)
-            else:
-                check_not_begun(folder)
-                print(
-                    f"{files.printable(folder)} has no training state yet: training starts with "
-                    "the first step"
-                )
             write_config(folder, config)
         print_start(config, model, records, folder)
         with Interrupts() as interrupts:
+            run = trainer, records, caches, folder, interrupts
             try:
-                while not trainer.stage_is_over() or start_self_critical(trainer, folder):
+                if init_model and "val" in records and not (trainer.step_number or trainer.rows):
+                    finish_epoch(*run)  # epoch 0: the scores of the model that training starts from
+                while not stage_is_over(trainer) or start_self_critical(trainer, folder):
                     run_epoch(trainer, config, records["train"], caches.get("train"), interrupts)
-                    finish_epoch(trainer, config, records, caches, folder, interrupts)
-                return finish(trainer, records, caches, folder, interrupts)
+                    finish_epoch(*run)
+                return finish(*run)
             except StoppedError:
                 write_state(folder, trainer)
                 print(
@@ -245,19 +160,19 @@ def train(config: Config) -> dict[str, Any]:
                 raise KeyboardInterrupt from None
 
 
-def check_not_begun(folder: Path) -> None:
-    """Raise UserError where a run without a state has a model, which a new start would replace.
-
-    The model of the first epoch may be there: a run can be killed before its state is saved.
-    """
-    if not (folder / "best.safetensors").exists():
-        return
-    scores = read_metadata(folder).get("scores")
-    if not isinstance(scores, dict) or scores.get("epoch") not in (0, 1):
-        raise UserError(
-            f"{folder} has a best.safetensors but no last.pt, so the run can't go on; start "
-            f"another from its best weights: --init-from {folder}"
+def stage_is_over(trainer: Trainer) -> bool:
+    """Return whether the stage has had its epochs, or its scores no longer improve."""
+    last = trainer.first_epoch + trainer.stage_epochs
+    if trainer.epoch < last and trainer.out_of_patience():
+        best, patience = trainer.best_row(), trainer.config.patience
+        print(
+            f"stopped early after epoch {trainer.epoch} of {last}: {patience} epochs without a "
+            f"better CIDEr (--patience {patience}; 0 trains to the end); the best is epoch "
+            f"{best['epoch']} with {best['CIDEr']:.3f}",
+            flush=True,
         )
+        return True
+    return trainer.epoch >= last
 
 
 def load_best(folder: Path, trainer: Trainer) -> CaptionModel:
@@ -312,28 +227,10 @@ def run_epoch(
 
 
 def finish_epoch(
-    trainer: Trainer,
-    config: Config,
-    records: Records,
-    caches: Caches,
-    folder: Path,
-    interrupts: Interrupts,
+    trainer: Trainer, records: Records, caches: Caches, folder: Path, interrupts: Interrupts
 ) -> None:
     """Validate, write the run's files, and set the counters for the next epoch."""
-    sums, critical = trainer.total_sums(), trainer.critical
-    row: dict[str, Any] = {
-        "epoch": trainer.epoch + 1,
-        "train_loss": None if critical else sums["nll"] / trainer.words,
-        "val_loss": None,
-        "CIDEr": None,
-        "BLEU-4": None,
-        "lr": trainer.optimizer.param_groups[-1]["lr"],
-        "seconds": round(trainer.seconds, 1),
-        "reward": sums["rewarded"] / sums["samples"] if critical else None,
-        "baseline": sums["baselines"] / sums["samples"] if critical else None,
-        "bad_endings": None,
-        "repeats": None,
-    }
+    row = trainer.epoch_row()
     with trainer.averaged_model() as model:
         if "val" in records:
             scores, captions = score_split(
@@ -348,10 +245,10 @@ def finish_epoch(
             # Chosen by the scores of freely generated captions: the loss, which knows only teacher
             # forcing, may rise while captions still improve.
             if row["CIDEr"] is None or row["CIDEr"] > trainer.best_score():
-                info = training_info(config)
+                info = trainer.training_info
                 model.save(folder / "best.safetensors", scores=row, training=info)
     trainer.rows.append(row)
-    trainer.epoch += 1
+    trainer.epoch = row["epoch"]
     trainer.start_epoch()
     if distributed.is_main():
         write_metrics(folder / "metrics.csv", trainer.rows)
@@ -389,6 +286,12 @@ def finish(
     test_loss = report.get("test", {}).get("loss")
     plots.learning_curve(folder / "learning_curve.png", trainer.rows, test_loss)
     files.write_json(folder / "scores.json", report)
+    best = trainer.best_row()
+    if best and not best["epoch"]:
+        print(
+            "no epoch was better than epoch 0: the best model is the one that training started "
+            "from; a lower --lr may help, or more images"
+        )
     print(f"caption an image: python inference.py IMAGE --checkpoint {files.printable(folder)}")
     return report
 
@@ -420,17 +323,6 @@ def write_samples(path: Path, records: Sequence[Record], captions: dict[Any, str
     plots.caption_page(path, items, title=path.stem)
 
 
-def training_info(config: Config) -> dict[str, Any]:
-    """Return the flags for the model file: how it was trained, without paths of this machine."""
-    flags = flatten(config)
-    own = ("data_dir", "allow_commands", "cache_dir", "output", "resume")
-    for name in (*own, "device", "workers", "threads"):
-        del flags[name]
-    if init_from := flags["init_from"]:  # how that model was trained, in place of its path
-        flags["init_from"] = read_metadata(init_from).get("training")
-    return {**flags, "cnn_weights": Path(flags["cnn_weights"]).name}
-
-
 def print_start(config: Config, model: CaptionModel, records: Records, folder: Path) -> None:
     """Print what is about to be trained, and whether the machine has time for it."""
     threads.warn_of_overload()
@@ -447,7 +339,9 @@ def print_start(config: Config, model: CaptionModel, records: Records, folder: P
 def print_row(row: dict[str, Any], device: torch.device) -> None:
     """Print an epoch's line."""
     parts = [f"epoch {row['epoch']}"]
-    if row["reward"] is None:
+    if not row["epoch"]:
+        parts.append("before training")
+    elif row["reward"] is None:
         parts.append(f"train loss {row['train_loss']:.3f}")
     else:
         parts.append(f"reward {row['reward']:.3f} (baseline {row['baseline']:.3f})")

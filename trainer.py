@@ -22,6 +22,11 @@ from util.layers import Dropout
 from util.seeding import derive_seed
 from vocabulary import PAD
 
+# Of metrics.csv, which has the other scores of the validation split after these.
+COLUMNS = (
+    "epoch", "train_loss", "val_loss", "CIDEr", "BLEU-4", "lr", "seconds", "reward", "baseline",
+    "bad_endings", "repeats",
+)  # fmt: skip
 CHECK_EVERY = 50  # steps; reading a loss from a GPU waits for all its work
 
 
@@ -49,6 +54,8 @@ class Trainer:
         self.step_number = self.epoch = 0
         self.rows: list[dict[str, Any]] = []  # of metrics.csv
         self.reward: Reward | None = None  # what self-critical training maximises
+        self.data: dict[str, Tensor] = {}  # by split, see dataset.digest_records
+        self.training_info: dict[str, Any] = {}  # for the header of the model file
         # Recent losses and gradient norms, each with a text that names its step.
         self.unchecked: list[tuple[str, Tensor]] = []
         self.start_epoch()
@@ -200,20 +207,42 @@ class Trainer:
         """The number of epochs of this stage."""
         return self.config.scst_epochs if self.critical else self.config.epochs
 
-    def stage_is_over(self) -> bool:
-        """Return whether the stage has had its epochs, or its scores no longer improve."""
-        return self.epoch - self.first_epoch >= self.stage_epochs or self.out_of_patience()
-
     def out_of_patience(self) -> bool:
         """Return whether the stage's last `--patience` epochs were all worse than one before."""
-        rows = self.rows[self.first_epoch :]
+        # Without epoch 0: a model that first gets worse may still become better than it was.
+        rows = [row for row in self.rows if row["epoch"] > self.first_epoch]
         scores = [row["CIDEr"] for row in rows if row["CIDEr"] is not None]
         waited = len(scores) - 1 - scores.index(max(scores)) if scores else 0
         return bool(self.config.patience) and waited >= self.config.patience
 
+    def best_row(self) -> dict[str, Any] | None:
+        """Return the row of the epoch with the best validation CIDEr, None if there is no score."""
+        scored = [row for row in self.rows if row["CIDEr"] is not None]
+        return max(scored, key=lambda row: row["CIDEr"], default=None)
+
     def best_score(self) -> float:
         """Return the best validation CIDEr so far, -1 if there is none."""
-        return max((row["CIDEr"] for row in self.rows if row["CIDEr"] is not None), default=-1.0)
+        best = self.best_row()
+        return best["CIDEr"] if best else -1.0
+
+    def epoch_row(self) -> dict[str, Any]:
+        """Return the row of metrics.csv for the epoch that ends here, without validation scores.
+
+        Before the first step it is that of epoch 0. All processes must call this.
+        """
+        sums, row = self.total_sums(), dict.fromkeys(COLUMNS)
+        row |= {"epoch": 0, "seconds": round(self.seconds, 1)}
+        if not self.step_number:
+            return row
+        row |= {"epoch": self.epoch + 1, "lr": self.optimizer.param_groups[-1]["lr"]}
+        if self.critical:
+            row |= {
+                "reward": sums["rewarded"] / sums["samples"],
+                "baseline": sums["baselines"] / sums["samples"],
+            }
+        else:
+            row["train_loss"] = sums["nll"] / self.words
+        return row
 
     def total_sums(self) -> dict[str, float]:
         """Return the sums of the epoch so far over all processes."""
@@ -270,6 +299,8 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "encoder": self.frozen_fingerprint(),
             "batch_size": self.config.batch_size,
+            "vocabulary": list(self.model.vocabulary.known),
+            "data": self.data,
             **{name: getattr(self, name) for name in self.COUNTERS},
             **self.total_sums(),
         }
@@ -295,6 +326,13 @@ class Trainer:
                 f"the run was begun by another version of the project ({min(different)} is only in "
                 "one of them); go on with that version, or start a new run"
             )
+        for name, tensor in self.trainable.items():
+            if tensor.shape != state["weights"][name].shape:
+                raise UserError(
+                    f"{name} of the run has shape {tuple(state['weights'][name].shape)}, of the "
+                    f"model {tuple(tensor.shape)}: put back the flags and captions that the run "
+                    "began with, or start a new run"
+                )
         self.model.load_state_dict(state["weights"], strict=False)
         self.critical = state.get("critical", False)
         self.optimizer = self.build_optimizer()

@@ -6,7 +6,7 @@ T words
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,18 @@ def drop_stray_marks(text: str) -> str:
     return kept[1:]
 
 
+def count_words(captions: Iterable[str]) -> Counter[str]:
+    """Return how often each word occurs in the captions."""
+    return Counter(word for caption in captions for word in split_words(caption))
+
+
+def list_words(counts: Mapping[str, int], most: int = 20) -> str:
+    """Return "rex (3), ocean (2) and 5 more" for messages: the first `most` words, their counts."""
+    names = [f"{word} ({count})" for word, count in list(counts.items())[:most]]
+    rest = len(counts) - len(names)
+    return ", ".join(names) + (f" and {rest:,} more" if rest else "")
+
+
 class Vocabulary:
     """The words of a model and their ids.
 
@@ -98,7 +110,7 @@ class Vocabulary:
         `captions` should be those of the train split only. Raises UserError where no word is
         frequent enough.
         """
-        counts = Counter(word for caption in captions for word in split_words(caption))
+        counts = count_words(captions)
         kept = [word for word, count in counts.items() if count >= min_count]
         if not kept:
             raise UserError(
@@ -106,6 +118,17 @@ class Vocabulary:
                 f"(they have {len(counts)} different words)"
             )
         return cls(sorted(kept, key=lambda word: (-counts[word], word)))
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The words in the order of their ids, without the special tokens."""
+        return self.words[len(self.SPECIALS) :]
+
+    def count_unknown(self, captions: Iterable[str]) -> dict[str, int]:
+        """Return the words that it lacks with their counts in the captions, most frequent first."""
+        counts = count_words(captions)
+        lacking = counts.keys() - self.ids.keys()
+        return {word: counts[word] for word in sorted(lacking, key=lambda w: (-counts[w], w))}
 
     def __len__(self) -> int:
         return len(self.words)
@@ -136,7 +159,7 @@ class Vocabulary:
 
     def save(self, path: str | Path) -> None:
         """Write the words to `path` as JSON."""
-        files.write_json(path, {"words": self.words[len(self.SPECIALS) :]})
+        files.write_json(path, {"words": self.known})
 
     @classmethod
     def load(cls, path: str | Path) -> "Vocabulary":

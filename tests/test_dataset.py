@@ -1,10 +1,18 @@
 """Batches hold all captions of their images, and depend on the seed and the epoch alone."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
-from dataset import CaptionDataset, collate_fn, get_loader
+from dataset import (
+    CaptionDataset,
+    collate_fn,
+    describe_changes,
+    digest_records,
+    get_loader,
+)
 from encoder import image_transform
 from readers import Record
 from util.seeding import derive_seed
@@ -258,3 +266,18 @@ def test_derived_seeds_are_distinct_and_constant():
     assert len(seeds) == 900 and all(0 <= seed < 2**63 for seed in seeds)
     assert derive_seed(1, 23) != derive_seed(12, 3)
     assert derive_seed(1, "a.jpg") == derive_seed("1", "a.jpg") != derive_seed(1, "b.jpg")
+
+
+def test_changes_of_the_data_are_counted():
+    path = Path("x")
+    before = [Record(name, path, (f"a {name}", "b")) for name in ("one", "two", "three", 4)]
+    digests = digest_records(before)
+    assert digests.shape == (4, 2) and describe_changes(digests, digests) == ""
+    shuffled = [record._replace(captions=record.captions[::-1]) for record in before]
+    assert describe_changes(digests, digest_records(shuffled)) == ""
+    assert describe_changes(digests, digest_records(before[::-1])) == "images in another order"
+    now = [before[0], before[1]._replace(captions=("a two", "c")), Record("five", path, ("d",))]
+    now.append(Record("six", path, ("d",)))
+    expected = "images: 2 added, 2 removed, 1 with other captions"
+    assert describe_changes(digests, digest_records(now)) == expected
+    assert describe_changes(digests, digest_records([])) == "images: 4 removed"

@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from losses import attention_penalty, cross_entropy, leave_one_out, self_critical
+from config import TrainConfig
+from dataset import Batch
+from losses import (
+    Totals,
+    attention_penalty,
+    cross_entropy,
+    cross_entropy_objective,
+    leave_one_out,
+    self_critical,
+)
 from vocabulary import END, PAD, START
 
 SIZE = 11
@@ -176,3 +185,22 @@ def test_even_attention_has_no_penalty_and_staring_has_one():
     assert attention_penalty(staring) == pytest.approx((9 + 3) / 4)
     padded = torch.cat([even, torch.zeros(2, 3, 4)], 1)
     assert attention_penalty(padded) == 0
+
+
+def test_the_objectives_of_parts_add_up_to_that_of_the_whole_batch():
+    """Of its words, and of the attention penalty, which is a mean over captions."""
+    logits, tokens = batch()
+    attention = torch.rand(*logits.shape[:2], 9)
+    totals = Totals(float((tokens[:, 1:] != PAD).sum()), len(tokens))
+
+    def objective(rows: slice) -> Tensor:
+        part = Batch([], torch.empty(0), tokens[rows], torch.empty(0))
+        options = TrainConfig(attention_penalty=0.7)
+        loss = cross_entropy_objective(logits[rows], attention[rows], part, totals, options)
+        return loss.objective
+
+    whole = objective(slice(None))
+    parts = [objective(rows) for rows in (slice(0, 1), slice(1, 4), slice(4, 4))]
+    torch.testing.assert_close(sum(parts), whole)
+    expected = cross_entropy(logits, tokens, 0.1).objective / totals.words
+    torch.testing.assert_close(whole, expected + 0.7 * attention_penalty(attention))

@@ -122,6 +122,41 @@ def test_runs_without_a_name_take_folders_of_their_own(tmp_path, monkeypatch):
         assert fourth == second
 
 
+@pytest.mark.parametrize("fate", ["renamed", "deleted", "replaced"])
+def test_a_run_whose_folder_is_gone_ends_with_one_line_and_writes_nothing(
+    fate, run, tmp_path, capsys, monkeypatch
+):
+    kept, other = tmp_path / "kept", tmp_path / "run"
+    finish_step = trainer.Trainer.finish_step
+
+    def losing(self, words):
+        finish_step(self, words)
+        if self.step_number == 14:  # in the third epoch
+            run.rename(kept)
+            if fate == "deleted":
+                shutil.rmtree(kept)
+            if fate == "replaced":  # another run was started at the same place
+                shutil.copytree(kept, other)
+
+    monkeypatch.setattr(trainer.Trainer, "finish_step", losing)
+    before = contents(run)
+    said = error_of("--resume", "--output", run, "--epochs", "4", capsys=capsys)
+    assert f"{run} was renamed, deleted or replaced" in said and "--resume --output" in said
+    config = (kept if fate == "renamed" else other) / "config.json"
+    if fate != "replaced":
+        assert not run.exists()
+    else:
+        assert {**contents(run), "config.json": b""} == {**before, "config.json": b"", ".lock": b""}
+    if fate == "renamed":
+        assert {"config.json", "last.pt", "best.safetensors"} <= before.keys() & contents(
+            kept
+        ).keys()
+        monkeypatch.setattr(trainer.Trainer, "finish_step", finish_step)
+        train.main(["--resume", "--output", str(kept)])
+        assert config.exists()
+        assert torch.load(kept / "last.pt", weights_only=True)["epoch"] == 4
+
+
 # --- files of somebody else's
 
 
@@ -306,6 +341,28 @@ def test_a_run_killed_before_its_first_state_begins_anew_with_or_without_resume(
     train.main(["--resume", *place])
     assert "has no training state yet" in capsys.readouterr().out
     assert_same_run(folder, whole)
+
+
+def test_a_run_that_stops_early_says_so(whole, drawn, tmp_path, capsys, monkeypatch):
+    original, falling = train.score_split, iter([0.5, 0.4, 0.3, 0.2, 0.1])
+
+    def score_split(*arguments):
+        scores, captions = original(*arguments)
+        return {**scores, "CIDEr": next(falling)}, captions
+
+    monkeypatch.setattr(train, "score_split", score_split)
+    slow = [*SMALL, "--patience", "1", "--epochs", "4"]
+    train.main([*slow, "--data-dir", str(drawn), "--output", str(tmp_path / "run")])
+    line = (
+        "stopped early after epoch 2 of 4: 1 epochs without a better CIDEr (--patience 1; 0 trains "
+        "to the end); the best is epoch 1 with 0.500"
+    )
+    assert line in capsys.readouterr().out
+    monkeypatch.setattr(train, "score_split", original)
+    train.main(["--resume", "--output", str(tmp_path / "run")])  # and why it trains no more
+    assert line in capsys.readouterr().out
+    train.main(["--resume", "--output", str(whole)])
+    assert "stopped early" not in capsys.readouterr().out
 
 
 # --- a loss that is no number

@@ -1,22 +1,19 @@
 """Training end to end: what a run leaves behind, how it goes on, and how it says no."""
 
-import contextlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import SMALL, as_flickr8k, assert_same_run, losses, run_code, take_step
+from helpers.tiny import SMALL, as_flickr8k, assert_same_run, losses, run_code
 from PIL import Image
 
 import train
-from config import PRESETS, TrainConfig
-from dataset import Batch
-from decoder import DECODERS, DecoderConfig
+from config import PRESETS
 from encoder import Encoder
 from model import CaptionModel, read_metadata
-from trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +48,13 @@ def test_a_stopped_run_resumes_to_the_same_weights(name, code, drawn, whole, tmp
     train.main(["--resume", "--output", str(folder)])
     assert_same_run(folder, whole)
     assert losses(folder) == losses(whole)
+
+
+def test_a_run_in_another_thread_than_the_main_one_is_the_same(drawn, whole, tmp_path):
+    argv = [*SMALL, "--data-dir", str(drawn), "--output", str(tmp_path / "run")]
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(train.main, argv).result()
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_a_run_leaves_the_files_that_are_promised(whole):
@@ -214,76 +218,6 @@ def test_resume_with_other_cnn_weights_is_refused(resnet, drawn, tmp_path):
         train.main([*again, "--cnn-weights", str(tmp_path / "other.pth")])
 
 
-def tiny_trainer(decoder="transformer", device="cpu", **changes) -> Trainer:
-    from vocabulary import Vocabulary
-
-    sizes = DecoderConfig(
-        decoder, d_model=8, n_head=2, n_decode=1, fc_dim=8, dropout=0.0, seq_len=4
-    )
-    torch.manual_seed(0)
-    model = CaptionModel(Encoder("tiny", "all"), sizes, Vocabulary(["a", "b"]), 64)
-    return Trainer(model.to(device), TrainConfig(**changes), steps_per_epoch=100)
-
-
-def test_the_learning_rate_rises_then_falls_to_nothing():
-    trainer = tiny_trainer(warmup=0.1, epochs=1)
-    rates = []
-    for trainer.batch in range(100):
-        rates.append(trainer.relative_rate())
-    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] < 0.001
-
-
-BATCH = Batch(
-    ["one", "two"],
-    torch.rand(2, 3, 64, 64),
-    torch.tensor([[1, 4, 5, 2], [1, 5, 2, 0]]),
-    torch.arange(2),
-)
-
-
-def test_without_an_average_the_weights_themselves_are_lent():
-    trainer = tiny_trainer(ema=0.0)
-    take_step(trainer, BATCH)
-    for name, tensor in trainer.model.trainable_state():
-        assert torch.equal(trainer.average[name], tensor)
-
-
-def test_the_average_follows_its_formula_and_is_lent_and_given_back():
-    trainer = tiny_trainer(ema=0.9)
-    expected = {name: tensor.clone() for name, tensor in trainer.average.items()}
-    for step in range(3):
-        take_step(trainer, BATCH)
-        decay = min(0.9, (2 + step) / (11 + step))
-        for name, tensor in trainer.model.trainable_state():
-            if tensor.is_floating_point():
-                expected[name] = decay * expected[name] + (1 - decay) * tensor
-    own = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    with trainer.averaged_model() as model:
-        name = "decoder.embedding.weight"
-        torch.testing.assert_close(model.state_dict()[name], expected[name])
-        assert not model.training
-    for name, tensor in trainer.model.state_dict().items():
-        assert torch.equal(tensor, own[name])
-
-
-def test_patience_counts_epochs_since_the_best():
-    trainer = tiny_trainer(patience=2)
-    for scores, over in (([0.1, 0.3, 0.2], False), ([0.3, 0.2, 0.1], True), ([], False)):
-        trainer.rows = [{"CIDEr": score} for score in scores]
-        assert trainer.out_of_patience() == over
-
-
-def test_every_learning_parameter_is_in_one_group_and_vectors_do_not_decay():
-    trainer = tiny_trainer()
-    grouped = [each for group in trainer.optimizer.param_groups for each in group["params"]]
-    assert len(grouped) == len(list(trainer.model.parameters()))
-    for group in trainer.optimizer.param_groups:
-        for parameter in group["params"]:
-            assert (group["weight_decay"] > 0) == (parameter.dim() > 1)
-
-
 @pytest.mark.parametrize("decoder", ["lstm", "attention-lstm"])
 def test_every_decoder_trains_and_resumes_exactly(decoder, drawn, tmp_path):
     place = ["--data-dir", str(drawn), "--decoder", decoder]
@@ -329,76 +263,6 @@ def test_another_batch_size_keeps_the_schedule(drawn, whole, tmp_path):
     assert rows[2]["train_loss"] != rows[3]["train_loss"]
 
 
-def test_an_interrupted_epoch_goes_on_after_the_images_it_has_had_with_another_batch_size():
-    first, second = tiny_trainer(batch_size=4), tiny_trainer(batch_size=8)
-    first.batch = 5
-    second.load(first.state())
-    assert second.batch == 2  # 16 of 20 images are skipped, 4 come again
-    assert second.relative_rate() > 0
-
-
-def test_every_part_of_a_step_counts_by_its_words_whatever_parts_are_empty():
-    """As on a rank that has no image in a step."""
-    empty = Batch(
-        [], torch.empty(0), torch.empty(0, 1, dtype=torch.long), torch.empty(0, dtype=torch.long)
-    )
-    plain, parted = tiny_trainer(amp=False), tiny_trainer(amp=False)
-    take_step(plain, BATCH)
-    take_step(parted, empty, BATCH, empty)
-    for name, tensor in plain.trainable.items():
-        torch.testing.assert_close(parted.trainable[name], tensor)
-    assert parted.words == plain.words == 5
-
-
-def test_a_state_of_another_version_is_named():
-    trainer = tiny_trainer()
-    state = trainer.state()
-    state["weights"].popitem()
-    with pytest.raises(ValueError, match="begun by another version of the project"):
-        trainer.load(state)
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_mixed_precision_learns_the_same_as_full(mixed, monkeypatch):
-    monkeypatch.setattr("trainer.multiplies_bfloat16", lambda device: mixed)
-    trainer = tiny_trainer(ema=0.0, lr=0.01, label_smoothing=0.0)
-    for _ in range(40):
-        take_step(trainer, BATCH)
-    first = float(trainer.nll)
-    for _ in range(40):
-        take_step(trainer, BATCH)
-    assert float(trainer.nll) - first < 0.7 * first
-    assert all(weights.dtype == torch.float32 for weights in trainer.model.parameters())
-
-
-@pytest.mark.parametrize("decoder", DECODERS)
-def test_a_step_waits_for_nothing_that_the_device_works_out(decoder, monkeypatch):
-    """The "meta" device works out no value; what wants one raises, as it would wait for a GPU.
-
-    Words and their owners are on the CPU, as the loader gives them.
-    """
-    trainer = tiny_trainer(decoder, "meta", grad_clip=1.0)
-    monkeypatch.setattr(Trainer, "autocast", lambda self: contextlib.nullcontext())
-    before = trainer.step_number
-    take_step(trainer, BATCH)
-    take_step(trainer, BATCH)
-    assert trainer.step_number == before + 2
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        trainer.check_finite()  # which looks at the losses: it would wait
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
-def test_a_step_never_waits_for_the_gpu():
-    trainer = tiny_trainer("transformer", "cuda", grad_clip=1.0)
-    take_step(trainer, BATCH)
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        take_step(trainer, BATCH)
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
 @pytest.mark.slow
 def test_a_compiled_run_has_the_losses_of_another(drawn, tmp_path):
     same = [*SMALL, "--no-amp", "--dropout", "0", "--data-dir", str(drawn), "--epochs", "1"]
@@ -407,12 +271,3 @@ def test_a_compiled_run_has_the_losses_of_another(drawn, tmp_path):
     train.main([*same, "--compile", "--output", str(folders[1])])
     (plain,), (compiled,) = map(losses, folders)
     assert float(compiled[0]) == pytest.approx(float(plain[0]), abs=1e-3)
-
-
-def test_a_machine_that_cannot_compile_says_so(monkeypatch):
-    def broken(function, **how):
-        raise RuntimeError("no working C++ compiler\nand much more")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    with pytest.raises(ValueError, match=r"--compile .* \(no working C\+\+ compiler\); leave"):
-        tiny_trainer(compile=True)

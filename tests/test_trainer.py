@@ -1,14 +1,220 @@
-"""A trainer goes on from its own state, and takes no other."""
+"""What the training loop keeps between steps: rates, average of weights, patience, state."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
-from helpers.tiny import tiny_model
+from helpers.tiny import BATCH, take_step, tiny_model, tiny_trainer
 
 from config import TrainConfig
+from dataset import Batch
+from decoder import DECODERS
 from trainer import Trainer
 from util.files import UserError
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing():
+    trainer = tiny_trainer(warmup=0.1, epochs=1)
+    rates = []
+    for trainer.batch in range(100):
+        rates.append(trainer.relative_rate())
+    assert rates[:10] == pytest.approx([0.1 * step for step in range(1, 11)])
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+def test_without_an_average_the_weights_themselves_are_lent():
+    trainer = tiny_trainer(ema=0.0)
+    take_step(trainer, BATCH)
+    for name, tensor in trainer.model.trainable_state():
+        assert torch.equal(trainer.average[name], tensor)
+
+
+def test_the_average_follows_its_formula_and_is_lent_and_given_back():
+    trainer = tiny_trainer(ema=0.9)
+    expected = {name: tensor.clone() for name, tensor in trainer.average.items()}
+    for step in range(3):
+        take_step(trainer, BATCH)
+        decay = min(0.9, (2 + step) / (11 + step))
+        for name, tensor in trainer.model.trainable_state():
+            if tensor.is_floating_point():
+                expected[name] = decay * expected[name] + (1 - decay) * tensor
+    own = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    with trainer.averaged_model() as model:
+        name = "decoder.embedding.weight"
+        torch.testing.assert_close(model.state_dict()[name], expected[name])
+        assert not model.training
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, own[name])
+
+
+def test_patience_counts_epochs_since_the_best():
+    trainer = tiny_trainer(patience=2)
+    for scores, over in (([0.1, 0.3, 0.2], False), ([0.3, 0.2, 0.1], True), ([], False)):
+        trainer.rows = [{"epoch": n, "CIDEr": score} for n, score in enumerate(scores, 1)]
+        assert trainer.out_of_patience() == over
+
+
+def test_patience_counts_neither_epoch_0_nor_the_first_stage():
+    trainer = tiny_trainer(patience=2)
+    trainer.rows = [{"epoch": n, "CIDEr": score} for n, score in enumerate([0.9, 0.1, 0.2, 0.3])]
+    assert not trainer.out_of_patience()
+    assert trainer.best_row()["epoch"] == 0 and trainer.best_score() == 0.9
+    trainer.rows += [{"epoch": 4, "CIDEr": 0.2}, {"epoch": 5, "CIDEr": 0.1}]
+    assert trainer.out_of_patience()
+    trainer.first_epoch = 3
+    assert not trainer.out_of_patience()
+
+
+def test_every_learning_parameter_is_in_one_group_and_vectors_do_not_decay():
+    trainer = tiny_trainer()
+    grouped = [each for group in trainer.optimizer.param_groups for each in group["params"]]
+    assert len(grouped) == len(list(trainer.model.parameters()))
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            assert (group["weight_decay"] > 0) == (parameter.dim() > 1)
+
+
+def test_an_interrupted_epoch_goes_on_after_the_images_it_has_had_with_another_batch_size():
+    first, second = tiny_trainer(batch_size=4), tiny_trainer(batch_size=8)
+    first.batch = 5
+    second.load(first.state())
+    assert second.batch == 2  # 16 of 20 images are skipped, 4 come again
+    assert second.relative_rate() > 0
+
+
+def test_every_part_of_a_step_counts_by_its_words_whatever_parts_are_empty():
+    """As on a rank that has no image in a step."""
+    empty = Batch(
+        [], torch.empty(0), torch.empty(0, 1, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    )
+    plain, parted = tiny_trainer(amp=False), tiny_trainer(amp=False)
+    take_step(plain, BATCH)
+    take_step(parted, empty, BATCH, empty)
+    for name, tensor in plain.trainable.items():
+        torch.testing.assert_close(parted.trainable[name], tensor)
+    assert parted.words == plain.words == 5
+
+
+def test_a_state_of_another_version_is_named():
+    trainer = tiny_trainer()
+    state = trainer.state()
+    state["weights"].popitem()
+    with pytest.raises(ValueError, match="begun by another version of the project"):
+        trainer.load(state)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_mixed_precision_learns_the_same_as_full(mixed, monkeypatch):
+    monkeypatch.setattr("trainer.multiplies_bfloat16", lambda device: mixed)
+    trainer = tiny_trainer(ema=0.0, lr=0.01, label_smoothing=0.0)
+    for _ in range(40):
+        take_step(trainer, BATCH)
+    first = float(trainer.nll)
+    for _ in range(40):
+        take_step(trainer, BATCH)
+    assert float(trainer.nll) - first < 0.7 * first
+    assert all(weights.dtype == torch.float32 for weights in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_step_waits_for_nothing_that_the_device_works_out(decoder, monkeypatch):
+    """The "meta" device works out no value; what wants one raises, as it would wait for a GPU.
+
+    Words and their owners are on the CPU, as the loader gives them.
+    """
+    trainer = tiny_trainer(decoder, "meta", grad_clip=1.0)
+    monkeypatch.setattr(Trainer, "autocast", lambda self: contextlib.nullcontext())
+    before = trainer.step_number
+    take_step(trainer, BATCH)
+    take_step(trainer, BATCH)
+    assert trainer.step_number == before + 2
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        trainer.check_finite()  # which looks at the losses: it would wait
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_a_step_never_waits_for_the_gpu():
+    trainer = tiny_trainer("transformer", "cuda", grad_clip=1.0)
+    take_step(trainer, BATCH)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        take_step(trainer, BATCH)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_a_machine_that_cannot_compile_says_so(monkeypatch):
+    def broken(function, **how):
+        raise RuntimeError("no working C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ValueError, match=r"--compile .* \(no working C\+\+ compiler\); leave"):
+        tiny_trainer(compile=True)
+
+
+# --- small mistakes that would change training without a word
+
+
+def test_gradients_are_scaled_to_the_largest_norm():
+    free, clipped = tiny_trainer(grad_clip=0.0), tiny_trainer(grad_clip=1e-3)
+    norms = []
+    for trainer in (free, clipped):
+        take_step(trainer, BATCH)
+        norms.append(torch.cat([p.grad.flatten() for p in trainer.model.parameters()]).norm())
+    assert norms[0] > 0.1
+    assert float(norms[1]) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_resumed_run_takes_its_rates_and_decay_from_the_command_line():
+    first = tiny_trainer(lr=1e-3, weight_decay=0.1, warmup=0.0)
+    take_step(first, BATCH)
+    second = tiny_trainer(lr=5e-4, weight_decay=0.2, warmup=0.0)
+    second.load(first.state())
+    second.set_learning_rate()
+    for group in second.optimizer.param_groups:
+        assert group["lr"] == pytest.approx(5e-4, rel=1e-3)
+        assert group["weight_decay"] in (0.2, 0.0)
+    steps = [float(state["step"]) for state in second.optimizer.state.values()]
+    assert set(steps) == {1.0}  # but the moments are the run's
+
+
+def test_each_step_and_each_process_draws_numbers_of_its_own(monkeypatch):
+    """Two processes with the same dropout would train on half of the noise."""
+    trainer, drawn = tiny_trainer(), {}
+    for rank in range(3):
+        monkeypatch.setattr("util.distributed.rank", lambda rank=rank: rank)
+        for trainer.step_number in range(3):
+            trainer.seed_step()
+            drawn[rank, trainer.step_number] = tuple(torch.rand(4).tolist())
+    assert len(set(drawn.values())) == 9
+    trainer.seed_step()
+    assert tuple(torch.rand(4).tolist()) == drawn[2, 2]  # the same again
+
+
+def test_the_second_stage_warms_up_from_its_own_first_step():
+    trainer = tiny_trainer(epochs=3, scst_epochs=2, warmup=0.1)  # of 200 steps
+    trainer.epoch = 3
+    trainer.start_stage(critical=True)
+    assert trainer.relative_rate() == pytest.approx(1 / 20)
+    trainer.batch = 19
+    assert trainer.relative_rate() == pytest.approx(1.0)
+    trainer.epoch, trainer.batch = 4, 99
+    assert trainer.relative_rate() < 0.001
+
+
+def test_weights_of_another_size_are_one_line():
+    trainer = tiny_trainer()
+    state = trainer.state()
+    state["weights"] = dict(state["weights"])
+    state["weights"]["decoder.embedding.weight"] = torch.zeros(9, 8)
+    with pytest.raises(ValueError, match=r"decoder.embedding.weight of the run has shape \(9, 8\)"):
+        trainer.load(state)
+
+
+# --- states of other runs
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vocabulary import END, PAD, START, UNK, Vocabulary, split_words
+from vocabulary import END, PAD, START, UNK, Vocabulary, list_words, split_words
 
 LINES = ["a dog runs .", "a dog and a cat", "The dog's ball , red", "zebra"]
 VOCABULARY = Vocabulary.build(LINES, 1)
@@ -134,3 +134,11 @@ def test_a_file_that_is_not_a_vocabulary_is_an_error(text, tmp_path):
 def test_a_repeated_word_is_an_error(known):
     with pytest.raises(ValueError, match="each word once"):
         Vocabulary(known)
+
+
+def test_unknown_words_are_counted_and_listed_the_most_frequent_first():
+    counts = VOCABULARY.count_unknown(["A Rex , rex and ocean", "ocean zebra rex ant", "<unk>"])
+    assert list(counts.items()) == [("rex", 3), ("ocean", 2), ("ant", 1), ("unk", 1)]
+    assert list_words(counts) == "rex (3), ocean (2), ant (1), unk (1)"
+    assert list_words(counts, most=1) == "rex (3) and 3 more"
+    assert VOCABULARY.known == VOCABULARY.words[4:]

@@ -39,10 +39,9 @@ def run_folder(output: Path | None, dataset: str, *, resume: bool) -> Iterator[P
         return
     folder = output or _free_folder(dataset)
     files.check_writable(folder / "config.json")
-    lock = folder / ".lock"
-    with files.lock(
-        lock, LOCK_TIMEOUT, f"another run is at work in {folder}; name another --output"
-    ):
+    lock, busy = folder / ".lock", f"another run is at work in {folder}; name another --output"
+    advice = "go on from what was saved with --resume --output and the folder's new name"
+    with files.lock(lock, LOCK_TIMEOUT, busy), files.hold_folder(folder, advice):
         try:
             if not resume:
                 check_free(folder)
@@ -50,7 +49,8 @@ def run_folder(output: Path | None, dataset: str, *, resume: bool) -> Iterator[P
                 files.remove_leftovers(folder / name)
             yield distributed.broadcast(folder)
         finally:
-            with contextlib.suppress(OSError):  # Windows keeps a file that is open
+            with contextlib.suppress(OSError, UserError):  # Windows keeps a file that is open
+                files.check_held(lock)  # another run may have taken its place
                 if not lock.stat().st_size:  # a stranger's has content
                     lock.unlink()
                 folder.rmdir()

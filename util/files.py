@@ -44,6 +44,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     from which some writers infer the format. Devices and pipes (/dev/stdout) can't be replaced:
     they are yielded themselves.
     """
+    check_held(path)
     check_writable(path)
     if is_special(Path(path)):
         yield Path(path)
@@ -65,6 +66,44 @@ def replacing(path: str | Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+_held: dict[Path, tuple[int, str]] = {}  # folder → its descriptor and advice, see `hold_folder`
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path, advice: str) -> Iterator[None]:
+    """In the block, write into `folder` only as long as its path leads to the same folder.
+
+    Otherwise `replacing` would create it again once it was renamed or deleted, or write among the
+    files of another one that has taken its place. `advice` ends the error's message.
+    """
+    if os.name != "posix":  # Windows refuses to rename or delete a folder with a file that is open
+        yield
+        return
+    # As long as it is open, the system gives its number to no other folder.
+    descriptor, folder = os.open(folder, os.O_RDONLY), folder.absolute()
+    _held[folder] = descriptor, advice
+    try:
+        yield
+    finally:
+        del _held[folder]
+        os.close(descriptor)
+
+
+def check_held(path: str | Path) -> None:
+    """Raise UserError where `path` is in a held folder that was renamed, deleted or replaced."""
+    for folder in _held.keys() & set(Path(path).absolute().parents):
+        descriptor, advice = _held[folder]
+        try:
+            same = os.path.samestat(os.fstat(descriptor), os.stat(folder))
+        except OSError:  # gone, or on a network drive that is
+            same = False
+        if not same:
+            raise UserError(
+                f"{folder} was renamed, deleted or replaced by another folder while it was in "
+                f"use; nothing more is written; {advice}"
+            )
 
 
 def check_writable(*paths: str | Path | None) -> None:

@@ -4,12 +4,14 @@ import atexit
 import contextlib
 import multiprocessing.util  # it registers its own function to run at exit, after the one below
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from util import distributed
 
 T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedError(Exception):
@@ -17,13 +19,17 @@ class StoppedError(Exception):
 
 
 class Interrupts:
-    """Turns Ctrl-C and SIGTERM into a `StoppedError` between two items of an iteration."""
+    """Turns Ctrl-C and SIGTERM into a `StoppedError` between two items of an iteration.
+
+    In another thread than the main one, which alone receives signals, nothing stops an iteration.
+    """
 
     def __enter__(self) -> "Interrupts":
         self.requested = False
-        self.handlers = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        # Only the main thread may set handlers; the program that started another decides itself.
+        in_main = threading.current_thread() is threading.main_thread()
+        numbers = SIGNALS if in_main else ()
+        self.handlers = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def _ask(self, number: int, frame: Any) -> None:
@@ -53,9 +59,6 @@ class Interrupts:
     def stop_between_alone(self, items: Iterable[T]) -> Iterator[T]:
         """Do the same where ranks have different numbers of items: then they do not stop."""
         return self.stop_between(items) if distributed.world_size() == 1 else iter(items)
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager

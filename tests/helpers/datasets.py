@@ -90,3 +90,17 @@ LAYOUTS = {"official": official, "kaggle": kaggle, "older": older, "karpathy": k
 def save_image(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (64, 64), (120, 90, 30)).save(path)
+
+
+def write_colours(folder: Path, more: tuple[str, ...] = ()) -> Path:
+    """Write red and blue images with a table of captions; `more`: further rows of train."""
+    rows = ["image,caption,split"]
+    for split, count in (("train", 8), ("val", 2), ("test", 2)):
+        for number in range(count):
+            colour, caption = [("red", "a red apple"), ("blue", "a blue ocean")][number % 2]
+            name = f"{split}-{number}.png"
+            folder.mkdir(exist_ok=True)
+            Image.new("RGB", (32, 32), colour).save(folder / name)
+            rows.append(f"{name},{caption},{split}")
+    (folder / "captions.csv").write_text("\n".join([*rows, *more]))
+    return folder

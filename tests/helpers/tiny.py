@@ -15,9 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import decoding
+from config import TrainConfig
+from dataset import Batch
 from decoder import DecoderConfig
 from encoder import Encoder
 from model import CaptionModel
+from trainer import Trainer
 from util import files
 from vocabulary import Vocabulary
 
@@ -84,6 +87,23 @@ def as_flickr8k(drawn: Path, folder: Path, lists: tuple[str, ...]) -> Path:
 # --- runs of train.py
 
 
+def tiny_trainer(decoder="transformer", device="cpu", **changes) -> Trainer:
+    sizes = DecoderConfig(
+        decoder, d_model=8, n_head=2, n_decode=1, fc_dim=8, dropout=0.0, seq_len=4
+    )
+    torch.manual_seed(0)
+    model = CaptionModel(Encoder("tiny", "all"), sizes, Vocabulary(["a", "b"]), 64)
+    return Trainer(model.to(device), TrainConfig(**changes), steps_per_epoch=100)
+
+
+BATCH = Batch(
+    ["one", "two"],
+    torch.rand(2, 3, 64, 64),
+    torch.tensor([[1, 4, 5, 2], [1, 5, 2, 0]]),
+    torch.arange(2),
+)
+
+
 def take_step(trainer, *batches) -> None:
     """Train one step on these micro-batches."""
     import train
@@ -95,6 +115,10 @@ def take_step(trainer, *batches) -> None:
 ROOT = Path(__file__).parents[2]
 SMALL = ["--dataset", "shapes", "--batch-size", "4", "--epochs", "2", "--d-model", "16",
          "--n-head", "2", "--n-decode", "1", "--fc-dim", "32", "--seed", "3"]  # fmt: skip
+
+COLOURS = ["--dataset", "csv", "--cnn-backbone", "tiny", "--cnn-weights", "none", "--img-size",
+           "32", "--d-model", "16", "--n-head", "2", "--n-decode", "1", "--fc-dim", "32",
+           "--min-count", "1", "--batch-size", "4", "--workers", "0", "--lr", "0.003"]  # fmt: skip
 
 
 def run_code(code: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -1,0 +1,256 @@
+"""What a run trains, and on what: records, words, the model to start from, cached features.
+
+B images · S image positions · C backbone channels
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config, flatten
+from dataset import CaptionDataset, describe_changes, digest_records, get_loader, stream_loader
+from encoder import Encoder, build_encoder, image_transform
+from features import FeatureCache, cached_features
+from inference import SHIPPED
+from model import CaptionModel, add_rows, read_metadata
+from readers import Record, data_folder, keep_readable, list_shards, load_splits
+from shards import SPLITS
+from trainer import Trainer
+from util import distributed
+from util.distributed import pick_device
+from util.files import UserError
+from vocabulary import Vocabulary, list_words
+
+log = logging.getLogger(__name__)
+
+# FILL
+FEW_IMAGES = 1000
+
+Records = dict[str, Sequence[Record]]  # by split
+Caches = dict[str, FeatureCache]
+
+
+# --- records
+
+
+def load_data(config: Config) -> Records:
+    """Return the records of each split that the dataset has; the train split is required."""
+    data = config.data
+    where = (data.dataset, data.data_dir, data.split_seed, data.cache_dir)
+    if data.dataset == "shards":
+        if data.views > 1:
+            raise UserError(
+                f"--views {data.views} is for a feature cache, and shards are read without one"
+            )
+        root = data_folder(data.dataset, data.data_dir)
+        train = list_shards(root, "train", data.cache_dir)  # images are streamed
+        splits = {"train": train} | load_splits(*where, splits=("val", "test"))
+    else:
+        splits = load_splits(*where, required=("train",))
+    n_train = max(1, round(data.train_fraction * len(splits["train"])))
+    splits["train"] = splits["train"][:n_train]
+    return {split: records[: data.limit] for split, records in splits.items()}
+
+
+def warn_of_few_images(config: Config, count: int) -> None:
+    """Log what helps where a decoder starts from random weights on `count` images, which are few.
+
+    Not in a trial on a part of the data, nor for drawings, which are much simpler than photographs.
+    """
+    data = config.data
+    trial = data.limit is not None or data.train_fraction < 1 or data.dataset == "shapes"
+    if count < FEW_IMAGES and not config.train.init_from and not trial:
+        log.warning(
+            "%d training images are few for a model that starts from random weights: it may write "
+            "the same words for every image. Better start from a trained model: --init-from %s",
+            count, SHIPPED,
+        )  # fmt: skip
+
+
+def load_epoch(trainer: Trainer, config: Config, records: Sequence[Record], cache: Any) -> Any:
+    """Return the loader of this epoch's micro-batches, from where an interrupted epoch stopped."""
+    model, data = trainer.model, config.data
+    augment = data.augment and model.encoder.trained != "none"
+    transform = image_transform(model.img_size, train=augment)
+    dataset = CaptionDataset(
+        records, model.vocabulary, model.config.seq_len, transform, cache,
+        views=data.views, flip=augment, seed=config.train.seed,
+    )  # fmt: skip
+    options = {
+        "seed": config.train.seed,
+        "epoch": trainer.epoch,
+        "skip": trainer.batch,
+        # Cached features are read faster than another process could hand them over.
+        "workers": 0 if cache is not None else data.workers,
+        "accumulate": config.train.accumulate,
+        "rank": distributed.rank(),
+        "world": distributed.world_size(),
+    }
+    if data.dataset == "shards":
+        root = data_folder("shards", data.data_dir)
+        return stream_loader(dataset, root, config.train.batch_size, **options)
+    return get_loader(dataset, config.train.batch_size, shuffle=True, **options)
+
+
+# --- the words
+
+
+def choose_vocabulary(
+    config: Config, records: Sequence[Record], init_model: CaptionModel | None
+) -> Vocabulary:
+    """Return the words of `init_model`, if any, and those that the training captions have.
+
+    Only words that occur --min-count times are taken from the captions.
+    """
+    # Of the training captions only: a model must not know words from val or test.
+    captions = (caption for record in records for caption in record.captions)
+    if not init_model:
+        return Vocabulary.build(captions, config.data.min_count)
+    known, least = init_model.vocabulary, config.data.min_count
+    counts = known.count_unknown(captions)
+    new = {word: count for word, count in counts.items() if count >= least}
+    rare = {word: count for word, count in counts.items() if count < least}
+    if new:
+        print(f"new words, beside the {len(known.known)} of {config.train.init_from}: "
+              f"{list_words(new)}")  # fmt: skip
+    if rare:
+        log.warning(
+            "words that stay unknown, because the model lacks them and they occur less than "
+            "--min-count %d times: %s", least, list_words(rare),
+        )  # fmt: skip
+    return Vocabulary([*known.known, *new])
+
+
+def read_vocabulary(folder: Path, state: dict[str, Any]) -> Vocabulary | None:
+    """Return the words of the run that `state` is of; None if they are stored nowhere.
+
+    They must not come from the captions again, which may have changed: the weights are by word id.
+    """
+    if "vocabulary" in state:
+        return Vocabulary(state["vocabulary"])
+    best = folder / "best.safetensors"  # of an older version, whose state lacks them
+    return Vocabulary(read_metadata(best)["vocabulary"]) if best.is_file() else None
+
+
+def warn_of_changes(
+    trainer: Trainer, before: dict[str, Any] | None, records: Sequence[Record], config: Config
+) -> None:
+    """Log in one line what of the data is not as it was when the run was saved.
+
+    `before`: the digests of each split then, None in a state of an older version. `records`: the
+    train split now.
+    """
+    changes, none = [], digest_records([])
+    for split in SPLITS if before is not None else ():
+        now = trainer.data.get(split, none)
+        if change := describe_changes(before.get(split, none), now):
+            changes.append(f"{split} {change}")
+    captions = (caption for record in records for caption in record.captions)
+    counts = trainer.model.vocabulary.count_unknown(captions)
+    new = {word: count for word, count in counts.items() if count >= config.data.min_count}
+    if new:
+        changes.append(f"new words, which only a run with --init-from learns: {list_words(new)}")
+    if changes:
+        log.warning(
+            "the data has changed since this run was saved (%s); it goes on with its own %d words",
+            "; ".join(changes), len(trainer.model.vocabulary.known),
+        )  # fmt: skip
+
+
+# --- the model
+
+
+def build(
+    config: Config,
+    records: Records,
+    init_model: CaptionModel | None,
+    resumed: Vocabulary | None,
+) -> tuple[CaptionModel, Records, Caches]:
+    """Return the model on its device, the records whose image can be read, and cached features.
+
+    Features are cached where the CNN is frozen; images of shards are streamed. `init_model` is that
+    of --init-from, `resumed` the vocabulary of a resumed run, whose weights are loaded later.
+    """
+    device = pick_device(config.train.device)
+    torch.manual_seed(config.train.seed)
+    encoder = make_encoder(config, init_model).to(device)
+    vocabulary = resumed or choose_vocabulary(config, records["train"], init_model)
+    records, caches = dict(records), {}
+    for split, every in records.items():
+        if split == "train" and config.data.dataset == "shards":
+            continue
+        if encoder.trained != "none":
+            records[split] = keep_readable(every)
+            continue
+        # For val and test the same features as evaluate.py: one view, in full precision.
+        train = split == "train"
+        caches[split] = cache = cached_features(
+            every, encoder, config.encoder.img_size, config.data.cache_dir,
+            f"{config.data.dataset}-{split}", device=device, workers=config.data.workers,
+            amp=config.train.amp and train, views=config.data.views if train else 1,
+            rank=distributed.rank(), world=distributed.world_size(),
+        )  # fmt: skip
+        records[split] = [record for record in every if record.image_id in cache]
+    # The decoder starts from the same weights, however many numbers the encoder has drawn.
+    torch.manual_seed(config.train.seed)
+    model = CaptionModel(encoder, config.decoder, vocabulary, config.encoder.img_size)
+    if init_model and not resumed:
+        model.load_state_dict(add_rows(init_model.state_dict(), model.state_dict()))
+    # The optimiser is built later, over parameters that are on their device already.
+    return model.to(device), records, caches
+
+
+def make_encoder(config: Config, init_model: CaptionModel | None) -> Encoder:
+    """Return the encoder that the flags name, with the weights of `init_model` if there is one."""
+    flags = config.encoder
+    if not init_model:
+        return build_encoder(
+            flags.cnn_backbone, flags.cnn_weights, finetune=flags.finetune_cnn, grid=flags.grid
+        )
+    trained = "last" if flags.finetune_cnn else "all" if flags.cnn_weights == "none" else "none"
+    encoder = Encoder(flags.cnn_backbone, trained, flags.grid)
+    encoder.load_state_dict(init_model.encoder.state_dict())
+    return encoder.to(memory_format=torch.channels_last)
+
+
+def check_not_begun(folder: Path) -> None:
+    """Raise UserError where a run without a state has a model, which a new start would replace.
+
+    The model of the first epoch may be there: a run can be killed before its state is saved.
+    """
+    if not (folder / "best.safetensors").exists():
+        return
+    scores = read_metadata(folder).get("scores")
+    if not isinstance(scores, dict) or scores.get("epoch") not in (0, 1):
+        raise UserError(
+            f"{folder} has a best.safetensors but no last.pt, so the run can't go on; start "
+            f"another from its best weights: --init-from {folder}"
+        )
+
+
+def init_checkpoint(config: Config, folder: Path, *, resumed: bool) -> Path | None:
+    """Return the model file or folder to start from, None without --init-from.
+
+    A resumed run takes its own best model, which has the same CNN: that of --init-from may have
+    been deleted or replaced.
+    """
+    own = folder / "best.safetensors"
+    return own if config.train.init_from and resumed and own.is_file() else config.train.init_from
+
+
+def training_info(config: Config, source: Path | None) -> dict[str, Any]:
+    """Return the flags for the model file: how it was trained, without paths of this machine.
+
+    `source` is the result of `init_checkpoint`: how that model was trained stands for its path.
+    """
+    flags = flatten(config)
+    own = ("data_dir", "allow_commands", "cache_dir", "output", "resume")
+    for name in (*own, "device", "workers", "threads"):
+        del flags[name]
+    if source:
+        info = read_metadata(source).get("training")
+        flags["init_from"] = info if source == config.train.init_from else info["init_from"]
+    return {**flags, "cnn_weights": Path(flags["cnn_weights"]).name}
