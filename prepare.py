@@ -124,15 +124,28 @@ def choose_vocabulary(
     return Vocabulary([*known.known, *new])
 
 
-def read_vocabulary(folder: Path, state: dict[str, Any]) -> Vocabulary | None:
-    """Return the words of the run that `state` is of; None if they are stored nowhere.
+def read_vocabulary(
+    config: Config, records: Sequence[Record], folder: Path, state: dict[str, Any]
+) -> Vocabulary:
+    """Return the words of the run that `state` is of.
 
     They must not come from the captions again, which may have changed: the weights are by word id.
+    Only where they are stored nowhere they do; UserError where those are more or fewer.
     """
     if "vocabulary" in state:
         return Vocabulary(state["vocabulary"])
     best = folder / "best.safetensors"  # of an older version, whose state lacks them
-    return Vocabulary(read_metadata(best)["vocabulary"]) if best.is_file() else None
+    if best.is_file():
+        return Vocabulary(read_metadata(best)["vocabulary"])
+    captions = (caption for record in records for caption in record.captions)
+    vocabulary = Vocabulary.build(captions, config.data.min_count)
+    rows = state["weights"].get("decoder.embedding.weight")
+    if rows is not None and len(rows) != len(vocabulary):
+        raise UserError(
+            f"the captions have {len(vocabulary)} words now, but the run in {folder} began with "
+            f"{len(rows)}; put back the captions of that time, or start a new run"
+        )
+    return vocabulary
 
 
 def warn_of_changes(

@@ -128,7 +128,7 @@ def train(config: Config) -> dict[str, Any]:
             )
         source = init_checkpoint(config, folder, resumed=bool(state))
         init_model = CaptionModel.load(source) if source else None
-        resumed = read_vocabulary(folder, state) if state else None
+        resumed = read_vocabulary(config, records["train"], folder, state) if state else None
         model, records, caches = build(config, records, init_model, resumed)
         steps_per_epoch = math.ceil(len(records["train"]) / config.train.batch_size)
         trainer = Trainer(model, config.train, steps_per_epoch)

@@ -326,13 +326,6 @@ class Trainer:
                 f"the run was begun by another version of the project ({min(different)} is only in "
                 "one of them); go on with that version, or start a new run"
             )
-        for name, tensor in self.trainable.items():
-            if tensor.shape != state["weights"][name].shape:
-                raise UserError(
-                    f"{name} of the run has shape {tuple(state['weights'][name].shape)}, of the "
-                    f"model {tuple(tensor.shape)}: put back the flags and captions that the run "
-                    "began with, or start a new run"
-                )
         self.model.load_state_dict(state["weights"], strict=False)
         self.critical = state.get("critical", False)
         self.optimizer = self.build_optimizer()
