@@ -32,7 +32,7 @@ from encoder import (
 )
 from util import files
 from util.files import UserError
-from vocabulary import START, Vocabulary
+from vocabulary import START, UNK, Vocabulary
 
 FORMAT = "image-captioning 2"
 MAX_HEADER = 10_000_000  # bytes: enough for half a million words
@@ -170,20 +170,24 @@ class CaptionModel(nn.Module):
         return cls(Encoder(name, trained, grid), config, Vocabulary.from_file(words), img_size)
 
 
-def add_rows(state: dict[str, Tensor], larger: dict[str, Tensor]) -> dict[str, Tensor]:
+def add_rows(
+    state: dict[str, Tensor], larger: dict[str, Tensor], shares: Sequence[float]
+) -> dict[str, Tensor]:
     """Return a model's `state` with rows for new words, so that it fits a model with more words.
 
-    `larger`: the state of that one, which is otherwise the same. A new row of the embedding, the
-    output layer or its bias is the mean of the words' rows. With it n new words among V take at
-    most n / (V + n) of the probability, whatever the caption so far: the mean of logits is at most
-    the logarithm of the mean of their exponentials.
+    `larger`: the state of that one, which is otherwise the same. `shares`: how much of all unknown
+    words in the captions each new one makes up. So far they were <unk>, whose row says where they
+    occur. A new row of the embedding, the output layer or its bias lies between that and the mean
+    of the V words' rows, at w = 1 + log(share) / log(V): the probability of the new word then is at
+    most share * P(<unk>)^w, because the geometric mean of the words' probabilities is at most 1/V.
     """
     extended = {}
     for name, tensor in state.items():
-        missing = larger[name].shape[0] - tensor.shape[0] if tensor.dim() else 0
-        if missing:
-            mean = tensor[len(Vocabulary.SPECIALS) :].mean(0, keepdim=True)
-            tensor = torch.cat([tensor, mean.expand(missing, *tensor.shape[1:])])
+        if tensor.dim() and len(tensor) < len(larger[name]):
+            words = tensor[len(Vocabulary.SPECIALS) :]
+            weights = 1 + tensor.new_tensor(shares).log() / math.log(max(2, len(words)))
+            weights = weights.clamp(min=0).view(-1, *[1] * (tensor.dim() - 1))
+            tensor = torch.cat([tensor, words.mean(0).lerp(tensor[UNK], weights)])
         extended[name] = tensor
     return extended
 

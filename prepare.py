@@ -100,15 +100,16 @@ def load_epoch(trainer: Trainer, config: Config, records: Sequence[Record], cach
 
 def choose_vocabulary(
     config: Config, records: Sequence[Record], init_model: CaptionModel | None
-) -> Vocabulary:
+) -> tuple[Vocabulary, list[float]]:
     """Return the words of `init_model`, if any, and those that the training captions have.
 
-    Only words that occur --min-count times are taken from the captions.
+    Only words that occur --min-count times are taken from the captions. The list has the share of
+    each word that `init_model` lacks in all those that it lacks.
     """
     # Of the training captions only: a model must not know words from val or test.
     captions = (caption for record in records for caption in record.captions)
     if not init_model:
-        return Vocabulary.build(captions, config.data.min_count)
+        return Vocabulary.build(captions, config.data.min_count), []
     known, least = init_model.vocabulary, config.data.min_count
     counts = known.count_unknown(captions)
     new = {word: count for word, count in counts.items() if count >= least}
@@ -121,7 +122,8 @@ def choose_vocabulary(
             "words that stay unknown, because the model lacks them and they occur less than "
             "--min-count %d times: %s", least, list_words(rare),
         )  # fmt: skip
-    return Vocabulary([*known.known, *new])
+    total = sum(counts.values())
+    return Vocabulary([*known.known, *new]), [count / total for count in new.values()]
 
 
 def read_vocabulary(
@@ -190,7 +192,9 @@ def build(
     device = pick_device(config.train.device)
     torch.manual_seed(config.train.seed)
     encoder = make_encoder(config, init_model).to(device)
-    vocabulary = resumed or choose_vocabulary(config, records["train"], init_model)
+    vocabulary, shares = resumed, []
+    if not resumed:
+        vocabulary, shares = choose_vocabulary(config, records["train"], init_model)
     records, caches = dict(records), {}
     for split, every in records.items():
         if split == "train" and config.data.dataset == "shards":
@@ -211,7 +215,7 @@ def build(
     torch.manual_seed(config.train.seed)
     model = CaptionModel(encoder, config.decoder, vocabulary, config.encoder.img_size)
     if init_model and not resumed:
-        model.load_state_dict(add_rows(init_model.state_dict(), model.state_dict()))
+        model.load_state_dict(add_rows(init_model.state_dict(), model.state_dict(), shares))
     # The optimiser is built later, over parameters that are on their device already.
     return model.to(device), records, caches
 

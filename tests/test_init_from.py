@@ -2,6 +2,7 @@
 
 import csv
 import itertools
+import math
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from decoder import DECODERS, DecoderConfig
 from encoder import Encoder
 from model import CaptionModel, add_rows, read_metadata
 from util import plots
-from vocabulary import Vocabulary
+from vocabulary import UNK, Vocabulary
 
 KNOWN = ["a", "red", "blue", "dog"]
 NEW = ["rex", "ocean", "apple"]
@@ -38,20 +39,25 @@ def no_plots(monkeypatch):
 
 @pytest.mark.parametrize(("decoder", "tied"), list(itertools.product(DECODERS, (True, False))))
 @torch.no_grad()
-def test_new_words_leave_the_others_as_they_were_and_begin_improbable(decoder, tied):
+def test_new_words_leave_the_others_as_they_were_and_begin_between_them_and_unk(decoder, tied):
     small, large = build(decoder, tied, KNOWN), build(decoder, tied, [*KNOWN, *NEW])
     for parameter in small.decoder.parameters():  # biases too
         torch.nn.init.normal_(parameter, std=0.7)
-    large.load_state_dict(add_rows(small.state_dict(), large.state_dict()))
+    shares = [0.6, 0.3, 0.01]
+    large.load_state_dict(add_rows(small.state_dict(), large.state_dict(), shares))
     images, owner = torch.randn(2, 3, 32, 32), torch.tensor([0, 0, 1])
     tokens = torch.tensor([[1, 4, 5, 2], [1, 6, 2, 0], [1, 3, 7, 2]])
     before, after = (model(images, tokens, owner).logits for model in (small, large))
     torch.testing.assert_close(after[..., : before.shape[-1]], before)
+    # Each lies between the mean of the words (share 1/4 and less) and <unk> (share 1).
     real = tokens[:, 1:] != 0
-    share = after.softmax(-1)[real][:, before.shape[-1] :].sum(-1)
-    assert (share > 0).all() and (share <= len(NEW) / (len(KNOWN) + len(NEW))).all()
-    weights = large.decoder.embedding.weight
-    torch.testing.assert_close(weights[8:], weights[4:8].mean(0).expand(3, -1))
+    old, new = after[real].split([len(before[0, 0]), len(NEW)], -1)
+    for column, share in enumerate(shares):
+        weight = max(0, 1 + math.log(share) / math.log(4))
+        expected = (1 - weight) * old[:, 4:].mean(-1) + weight * old[:, UNK]
+        torch.testing.assert_close(new[:, column], expected)
+        limit = share * old.softmax(-1)[:, UNK] ** weight
+        assert weight == 0 or (after.softmax(-1)[real][:, 8 + column] <= limit).all()
 
 
 @pytest.fixture
