@@ -19,7 +19,7 @@ from model import CaptionModel, add_rows, read_metadata
 from readers import Record, data_folder, keep_readable, list_shards, load_splits
 from shards import SPLITS
 from trainer import Trainer
-from util import distributed
+from util import distributed, files
 from util.distributed import pick_device
 from util.files import UserError
 from vocabulary import Vocabulary, list_words
@@ -116,8 +116,8 @@ def choose_vocabulary(
     new = {word: count for word, count in counts.items() if count >= least}
     rare = {word: count for word, count in counts.items() if count < least}
     if new:
-        print(f"new words, beside the {len(known.known)} of {config.train.init_from}: "
-              f"{list_words(new)}")  # fmt: skip
+        name = files.printable(config.train.init_from)
+        print(f"new words, beside the {len(known.known)} of {name}: {list_words(new)}")
     if rare:
         log.warning(
             "words that stay unknown, because the model lacks them and they occur less than "
@@ -224,6 +224,11 @@ def build(
 def make_encoder(config: Config, init_model: CaptionModel | None) -> Encoder:
     """Return the encoder that the flags name, with the weights of `init_model` if there is one."""
     flags = config.encoder
+    if init_model and init_model.encoder.name != flags.cnn_backbone:
+        raise UserError(  # of --init-from that is known: then it is the best one of a resumed run
+            f"the best.safetensors of the run has the CNN {init_model.encoder.name}, not "
+            f"{flags.cnn_backbone}: it is of another run; put its own back, or start a new run"
+        )
     if not init_model:
         return build_encoder(
             flags.cnn_backbone, flags.cnn_weights, finetune=flags.finetune_cnn, grid=flags.grid

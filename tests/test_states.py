@@ -32,6 +32,8 @@ def good_state() -> dict:
         "rewarded": 0.0,
         "baselines": 0.0,
         "samples": 0.0,
+        "vocabulary": ["a", "dog"],
+        "data": {"train": torch.zeros(3, 2, dtype=torch.int64)},
     }
 
 
@@ -111,8 +113,13 @@ def test_a_pickle_calls_nothing_but_what_tensors_need(value, tmp_path, monkeypat
         ("weights", [[], None, {"a": 3}, {1: torch.zeros(1)}]),
         ("average", [torch.zeros(2, 3), {"a": [0.0]}]),
         ("optimizer", [[], None]),
-        ("rows", [{}, [], [3], [{}], [{"CIDEr": "0.5"}], [{"CIDEr": math.nan}],
-                  [{"CIDEr": 0.5, "lr": "=cmd()"}], [{"CIDEr": 0.5, "more": [1]}]]),
+        ("vocabulary", [3, "a b", ["a", 3], [None]]),
+        ("data", [[], {"train": 3}, {"train": torch.zeros(2, 2)},
+                  {"train": torch.zeros(4, dtype=torch.int64)}]),
+        ("rows", [{}, [], [3], [{}], [{"CIDEr": 0.5}], [{"CIDEr": 0.5, "epoch": "1"}],
+                  [{"epoch": 1, "CIDEr": "0.5"}], [{"epoch": 1, "CIDEr": math.nan}],
+                  [{"epoch": 1, "CIDEr": 0.5, "lr": "=cmd()"}],
+                  [{"epoch": 1, "CIDEr": 0.5, "more": [1]}]]),
     ],
 )  # fmt: skip
 def test_a_wrong_count_or_type_is_named(name, values):

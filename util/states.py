@@ -78,11 +78,23 @@ def _are_tensors(value: Any) -> bool:
     )
 
 
+def _are_digests(value: Any) -> bool:
+    return _are_tensors(value) and all(
+        each.dtype == torch.int64 and each.dim() == 2 and each.shape[1] == 2
+        for each in value.values()
+    )
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
 def _are_rows(value: Any) -> bool:
     """Return whether a value is the rows of metrics.csv: numbers, and None for empty cells."""
     return isinstance(value, list) and all(
         isinstance(row, dict)
         and "CIDEr" in row
+        and _is_count(row.get("epoch"))
         and all(type(cell) in (int, float, type(None)) for cell in row.values())
         and (row["CIDEr"] is None or _is_finite(row["CIDEr"]))
         for row in value
@@ -99,6 +111,8 @@ ENTRIES: dict[str, tuple[Callable[[Any], bool], bool]] = {
     "rows": (_are_rows, True),
     "seconds nll": (_is_finite, True),
     "rewarded baselines samples": (_is_finite, False),
+    "vocabulary": (_are_words, False),
+    "data": (_are_digests, False),
     "critical": (lambda value: isinstance(value, bool), False),
     "encoder": (lambda value: value is None or isinstance(value, str), True),
 }
