@@ -215,8 +215,8 @@ class Transformer(Decoder):
         self.norm_image = nn.LayerNorm(width)
         # Large beside the words' 0.02, because attention must be able to tell image positions
         # apart from the first step on, while their content is still untrained.
-        self.image_position = nn.Parameter(0.5 * torch.randn(positions, width))
-        self.word_position = nn.Parameter(0.02 * torch.randn(config.seq_len + 1, width))
+        self.image_position = nn.Parameter(torch.empty(positions, width).normal_(std=0.5))
+        self.word_position = nn.Parameter(torch.empty(config.seq_len + 1, width).normal_(std=0.02))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_decode))
         self.norm = nn.LayerNorm(width)
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from PIL.Image import Resampling
 from torch import Tensor, nn
 
+from resnet import build_resnet
 from util.files import IDENTITY, UserError
 from util.states import check_torch_file
 
@@ -129,10 +130,11 @@ class Backbone(NamedTuple):
     least_size: int = LEAST_SIZE
     size_multiple: int = 1
     pretrained: bool = True  # torchvision has weights for it
+    stride: int | None = None  # pixels per position, rounded up; None: only running it tells
 
 
 def _resnet(channels: int) -> Backbone:
-    return Backbone(channels, 224, ("layer3", "layer4"))
+    return Backbone(channels, 224, ("layer3", "layer4"), build_resnet, stride=32)
 
 
 def _features(channels: int, img_size: int, *last: int) -> Backbone:
@@ -251,13 +253,42 @@ class Encoder(nn.Module):
         if not self.grid:
             return features
         side = math.isqrt(features.shape[1])
-        if self.grid > side:
+        self.check_grid(side)
+        maps = features.transpose(1, 2).unflatten(2, (side, side))
+        return flatten_map(F.adaptive_avg_pool2d(maps, self.grid))
+
+    def check_grid(self, side: int) -> None:
+        """Raise UserError if the CNN's own `side` positions per side are fewer than the grid's."""
+        if self.grid and self.grid > side:
             raise UserError(
                 f"--grid {self.grid} is finer than the {side} x {side} positions that "
                 f"{self.name} makes of images of that size"
             )
-        maps = features.transpose(1, 2).unflatten(2, (side, side))
-        return flatten_map(F.adaptive_avg_pool2d(maps, self.grid))
+
+    def count_positions(self, img_size: int) -> int:
+        """Return how many positions S an image of `img_size` x `img_size` pixels has.
+
+        Raises UserError where the size is too small for the backbone.
+        """
+        row = get_backbone(self.name)
+        if row.stride:
+            side = -(-img_size // row.stride)
+            self.check_grid(side)
+            return (self.grid or side) ** 2
+        training = self.training
+        try:
+            with torch.inference_mode():
+                device = next(self.parameters()).device
+                features = self.eval()(torch.zeros(1, 3, img_size, img_size, device=device))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--img-size {img_size} does not fit the CNN {self.name} ({reason}); its own size "
+                f"is {row.img_size}"
+            ) from error
+        finally:
+            self.train(training)
+        return features.shape[1]
 
 
 def build_encoder(

@@ -28,10 +28,10 @@ from encoder import (
     Encoder,
     EncoderConfig,
     fingerprint,
-    get_backbone,
 )
 from util import files
 from util.files import UserError
+from util.layers import SkipInit
 from vocabulary import START, UNK, Vocabulary
 
 FORMAT = "image-captioning 2"
@@ -55,7 +55,7 @@ class CaptionModel(nn.Module):
             config,
             vocabulary=len(vocabulary),
             channels=encoder.channels,
-            positions=count_positions(encoder, img_size),
+            positions=encoder.count_positions(img_size),
         )
 
     def encode(self, inputs: Tensor) -> Tensor:
@@ -144,7 +144,8 @@ class CaptionModel(nn.Module):
         path = checkpoint_file(path)
         metadata, expected = read_header(path)
         try:
-            with torch.device("meta"):  # no memory, no random weights: the file has the weights
+            # No memory and no random numbers: the file has the weights.
+            with torch.device("meta"), SkipInit():
                 model = cls.from_metadata(metadata)
         except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
             reason = str(error).split("\n")[0][:300]
@@ -319,27 +320,6 @@ def load_models(
                 "needs one; train its models on the same captions with the same --min-count"
             )
     return models[0] if len(models) == 1 else ModelEnsemble(models)
-
-
-def count_positions(encoder: Encoder, img_size: int) -> int:
-    """Return how many positions S the encoder makes of an image of that size.
-
-    Raises UserError where the size is too small for it.
-    """
-    training = encoder.training
-    try:
-        with torch.inference_mode():
-            device = next(encoder.parameters()).device
-            features = encoder.eval()(torch.zeros(1, 3, img_size, img_size, device=device))
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"--img-size {img_size} does not fit the CNN {encoder.name} ({reason}); its own size "
-            f"is {get_backbone(encoder.name).img_size}"
-        ) from error
-    finally:
-        encoder.train(training)
-    return features.shape[1]
 
 
 # --- model files

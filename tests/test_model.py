@@ -17,7 +17,7 @@ from decoder import DECODERS, DecoderConfig
 from decoding import beam_search
 from encoder import Encoder
 from losses import cross_entropy
-from model import CaptionModel, checkpoint_file, count_positions, read_metadata
+from model import CaptionModel, checkpoint_file, read_metadata
 from util import files
 from vocabulary import END, PAD, START, Vocabulary
 
@@ -198,7 +198,7 @@ def test_features_of_another_image_size_are_refused(model):
 @pytest.mark.parametrize(("size", "positions"), [(64, 16), (96, 36), (32, 4), (16, 1)])
 def test_positions_are_counted_as_the_encoder_makes_them(size, positions):
     encoder = Encoder("tiny", "all")
-    assert count_positions(encoder, size) == positions
+    assert encoder.count_positions(size) == positions
     assert encoder(pixels(2, size)).shape[1] == positions
 
 
@@ -206,7 +206,7 @@ def test_positions_are_counted_as_the_encoder_makes_them(size, positions):
 def test_counting_positions_leaves_the_encoder_as_it_was(training):
     encoder = Encoder("tiny", "all").train(training)
     before = {key: each.clone() for key, each in encoder.state_dict().items()}
-    count_positions(encoder, 64)
+    encoder.count_positions(64)
     assert all(module.training == training for module in encoder.modules())
     assert all(torch.equal(each, before[key]) for key, each in encoder.state_dict().items())
 
@@ -214,7 +214,7 @@ def test_counting_positions_leaves_the_encoder_as_it_was(training):
 def test_an_image_size_too_small_for_the_cnn_is_named_with_its_own():
     encoder = Encoder("inception_v3")
     with pytest.raises(ValueError, match=r"--img-size 40 does not fit .*inception_v3.* is 299"):
-        count_positions(encoder, 40)
+        encoder.count_positions(40)
 
 
 # ---- what learns -----------------------------------------------------------------------------

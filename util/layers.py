@@ -4,11 +4,13 @@ B images · S image positions · D model width · T words · H heads · E = D/H 
 N words in a batch
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -18,6 +20,24 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # from pageable memory the copy would be synchronous
     return tensor.to(device, non_blocking=True)
+
+
+class SkipInit(TorchFunctionMode):
+    """While it is entered, modules are built without filling their parameters with numbers.
+
+    On the device "meta" there is nothing to fill, but torch would import its compiler to do so.
+    """
+
+    FILLS = frozenset({Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_})
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the tensor itself where `func` would fill it, else what `func` returns."""
+        kwargs = kwargs or {}
+        if func in self.FILLS or getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 class Grid(NamedTuple):
