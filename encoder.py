@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from resnet import build_resnet
 from util.files import IDENTITY, UserError
+from util.fusion import can_fuse, fuse_convolutions
 from util.states import check_torch_file
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in torchvision
@@ -435,6 +436,24 @@ def fold_batch_norm(encoder: Encoder) -> Encoder:
     if any(isinstance(module, nn.BatchNorm2d) for module in light.modules()):
         light.cnn = fuse(light.cnn, inplace=True)
     return light.to(memory_format=torch.channels_last)
+
+
+def prepare_encoder(
+    encoder: Encoder, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Callable[[Tensor], Tensor]:
+    """Return the fastest function from pixels (B, 3, H, W) to features (B, S, C), both float32.
+
+    It computes in `dtype` on `device`, and is for inference only: later changes of the encoder's
+    weights don't reach it.
+    """
+    light = fold_batch_norm(encoder).to(device, dtype)
+    if torch.device(device).type == "cpu" and can_fuse(light.cnn):
+        light.cnn = fuse_convolutions(light.cnn)
+
+    def encode(pixels: Tensor) -> Tensor:
+        return light(pixels.to(device, dtype, non_blocking=True)).float()
+
+    return encode
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:

@@ -29,6 +29,7 @@ from encoder import (
     get_backbone,
     image_transform,
     load_weights,
+    prepare_encoder,
 )
 
 PUBLISHED = [name for name, row in BACKBONES.items() if row.pretrained]
@@ -115,11 +116,12 @@ def test_features_are_torchvisions_and_folding_does_not_change_them(name, tmp_pa
         load_weights(encoder.cnn, name, tmp_path / "full.safetensors")
     else:
         stir(encoder)
-    batch, light = images(name), fold_batch_norm(encoder)
+    batch, light, prepared = images(name), fold_batch_norm(encoder), prepare_encoder(encoder, "cpu")
     with torch.no_grad():
         features, folded = encoder(batch), light(batch)
+        fused, other_size = prepared(batch), prepared(batch[:1])
     assert features.shape[::2] == (2, get_backbone(name).channels)
-    assert close(folded, features)
+    assert close(folded, features) and close(fused, features) and close(other_size, features[:1])
     assert not any(isinstance(part, nn.BatchNorm2d) for part in light.modules())
     if name == "vit_b_16":  # torchvision's other way to another image size
         state = interpolate_embeddings(batch.shape[-1], 16, model.state_dict())
