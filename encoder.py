@@ -1,8 +1,8 @@
-"""The image side: a torchvision backbone without its classifier, its weights, the image transform.
+"""The image side: a backbone without its classifier, its weights, the image transform.
 
 B images · S image positions · C backbone channels · (B, 3, H, W) → (B, S, C)
 
-The only module that names torchvision's models. A backbone is one row in `BACKBONES`.
+A backbone is one row in `BACKBONES`; `backbones.py` builds the networks.
 """
 
 import copy
@@ -11,9 +11,7 @@ import http.client
 import math
 import re
 import socket
-import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,94 +23,27 @@ import torch.nn.functional as F
 from PIL.Image import Resampling
 from torch import Tensor, nn
 
-from resnet import build_resnet
+from backbones import (
+    MEAN,
+    STD,
+    ViT,
+    build_inception,
+    build_resnet,
+    build_sequential,
+    build_tiny,
+    flatten_map,
+    list_published_weights,
+)
 from util.files import IDENTITY, UserError
 from util.fusion import can_fuse, fuse_convolutions
 from util.states import check_torch_file
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as in torchvision
 TRANSFORM = "squash-bilinear-imagenet"  # name of the evaluation transform in caches and model files
 LEAST_SIZE = 32  # pixels per side: most CNNs halve the image five times
 MOST_SIZE = 2048  # pixels per side: more would take gigabytes per image
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without an answer from the server of torchvision's weights
 CAPTIONER_PREFIX = "encoder.cnn."  # of the CNN's entries in the state dict of a CaptionModel
-
-# Modules of torchvision's models that come after the last features.
-CLASSIFIER = {
-    "avgpool", "flatten", "dropout", "fc", "classifier", "head", "AuxLogits", "aux1", "aux2",
-}  # fmt: skip
-
-
-def flatten_map(features: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, S, C), row by row"""
-    return features.flatten(2).transpose(1, 2)
-
-
-class InceptionInput(nn.Module):
-    """Turns ImageNet-normalised pixels into the -1..1 that Inception's weights were trained on."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        mean = images.new_tensor(MEAN)[:, None, None]
-        std = images.new_tensor(STD)[:, None, None]
-        return (images * std + mean) * 2 - 1
-
-
-class ViT(nn.Module):
-    """Torchvision's vision transformer without its classifier: (B, 3, H, W) → (B, 1 + S, C).
-
-    The first output is the class token's. Position embeddings are interpolated to the image size.
-    """
-
-    def __init__(self, name: str):
-        super().__init__()
-        model = build_torchvision(name)
-        self.class_token = model.class_token
-        self.conv_proj, self.encoder = model.conv_proj, model.encoder
-
-    def forward(self, images: Tensor) -> Tensor:
-        patches = self.conv_proj(images)  # (B, C, h, w)
-        first, position = self.encoder.pos_embedding[:, :1], self.encoder.pos_embedding[:, 1:]
-        side = math.isqrt(position.shape[1])
-        if patches.shape[2:] != (side, side):  # like torchvision's `interpolate_embeddings`
-            grid = position.float().mT.unflatten(2, (side, side))
-            grid = F.interpolate(grid, patches.shape[2:], mode="bicubic", align_corners=True)
-            position = flatten_map(grid).to(position.dtype)
-        token = (self.class_token + first).expand(images.shape[0], -1, -1)
-        x = torch.cat([token, flatten_map(patches) + position], 1)
-        return self.encoder.ln(self.encoder.layers(x))
-
-
-def build_torchvision(name: str) -> nn.Module:
-    """Return torchvision's model with random weights."""
-    with torch.device("cpu"):  # the import computes tensors; a model may be built on "meta"
-        import torchvision
-    with warnings.catch_warnings():  # Inception's note on how its weights are initialised
-        warnings.simplefilter("ignore", FutureWarning)
-        return torchvision.models.get_model(name, weights=None)
-
-
-def build_sequential(name: str) -> nn.Sequential:
-    """Return the layers of torchvision's model before its classifier."""
-    layers = build_torchvision(name).named_children()
-    return nn.Sequential(OrderedDict(item for item in layers if item[0] not in CLASSIFIER))
-
-
-def build_inception(name: str) -> nn.Sequential:
-    """Return the layers of an Inception model, with the scaling of pixels its weights expect."""
-    layers = build_sequential(name).named_children()
-    return nn.Sequential(OrderedDict([("input", InceptionInput()), *layers]))
-
-
-def build_tiny(name: str = "tiny") -> nn.Sequential:
-    """Return a small CNN for 64-pixel drawings, to be trained from scratch: C = 128, S = 4 x 4."""
-    layers, channels = OrderedDict(), 3
-    for number, (width, stride) in enumerate(((32, 2), (64, 2), (128, 2), (128, 2), (128, 1))):
-        layers[f"conv{number}"] = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-        layers[f"bn{number}"] = nn.BatchNorm2d(width)
-        layers[f"relu{number}"] = nn.ReLU(inplace=True)
-        channels = width
-    return nn.Sequential(layers)
 
 
 class Backbone(NamedTuple):
@@ -351,11 +282,9 @@ def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
 
 def read_weights(name: str, weights: str | Path) -> tuple[str, dict[str, Tensor]]:
     """Return where the weights come from, for messages, and the state dict."""
-    import torchvision
-
     choice, path, published = str(weights), Path(weights).expanduser(), {}
     if get_backbone(name).pretrained:
-        published = torchvision.models.get_model_weights(name).__members__
+        published = list_published_weights(name)
     chosen = published.get("DEFAULT" if choice == "default" else choice)
     if chosen is not None:
         return fetch_weights(chosen)

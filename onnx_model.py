@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from backbones import MEAN, STD
 from decoder import MAX_SIZES
 from decoding import State
-from encoder import LEAST_SIZE, MEAN, MOST_SIZE, STD, TRANSFORM, fingerprint, fold_batch_norm
+from encoder import LEAST_SIZE, MOST_SIZE, TRANSFORM, fingerprint, fold_batch_norm
 from masks import NEVER
 from model import CaptionModel
 from util import files

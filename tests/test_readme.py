@@ -20,7 +20,7 @@ import torch
 from helpers.tiny import ROOT, as_flickr8k, picture
 from safetensors.torch import save_file
 
-from encoder import build_tiny
+from backbones import build_tiny
 from readers import load_split
 from util import files
 
