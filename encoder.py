@@ -70,7 +70,8 @@ def _resnet(channels: int) -> Backbone:
 
 
 def _features(channels: int, img_size: int, *last: int) -> Backbone:
-    return Backbone(channels, img_size, tuple(f"features.{number}" for number in last))
+    stages = tuple(f"features.{number}" for number in last)
+    return Backbone(channels, img_size, stages, stride=32)
 
 
 BACKBONES: dict[str, Backbone] = {
@@ -83,7 +84,7 @@ BACKBONES: dict[str, Backbone] = {
     "mobilenet_v3_large": _features(960, 224, 13, 14, 15, 16),
     "efficientnet_b0": _features(1280, 224, 6, 7, 8),
     "efficientnet_v2_s": _features(1280, 384, 6, 7),
-    "convnext_tiny": _features(768, 224, 6, 7),
+    "convnext_tiny": Backbone(768, 224, ("features.6", "features.7")),
     "googlenet": Backbone(1024, 224, ("inception5a", "inception5b"), build_inception),
     "inception_v3": Backbone(  # least size: its convolutions have no padding
         2048, 299, ("Mixed_7a", "Mixed_7b", "Mixed_7c"), build_inception, least_size=75
@@ -94,7 +95,9 @@ BACKBONES: dict[str, Backbone] = {
         768, 224, ("encoder.layers.encoder_layer_10", "encoder.layers.encoder_layer_11",
         "encoder.ln"), ViT, to_sequence=lambda tokens: tokens[:, 1:], size_multiple=16,
     ),
-    "tiny": Backbone(128, 64, ("conv3", "bn3", "conv4", "bn4"), build_tiny, pretrained=False),
+    "tiny": Backbone(
+        128, 64, ("conv3", "bn3", "conv4", "bn4"), build_tiny, pretrained=False, stride=16
+    ),
 }  # fmt: skip
 
 

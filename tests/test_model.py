@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from decoder import DECODERS, DecoderConfig
 from decoding import beam_search
-from encoder import Encoder
+from encoder import BACKBONES, Encoder
 from losses import cross_entropy
 from model import CaptionModel, checkpoint_file, read_metadata
 from util import files
@@ -202,9 +202,16 @@ def test_positions_are_counted_as_the_encoder_makes_them(size, positions):
     assert encoder(pixels(2, size)).shape[1] == positions
 
 
+@pytest.mark.parametrize("name", [name for name, row in BACKBONES.items() if row.stride])
+def test_a_backbone_s_stride_gives_the_number_of_positions(name):
+    encoder = Encoder(name)
+    for size in (64, 97):
+        assert encoder.count_positions(size) == encoder(pixels(1, size)).shape[1]
+
+
 @pytest.mark.parametrize("training", (True, False))
 def test_counting_positions_leaves_the_encoder_as_it_was(training):
-    encoder = Encoder("tiny", "all").train(training)
+    encoder = Encoder("googlenet", "all").train(training)
     before = {key: each.clone() for key, each in encoder.state_dict().items()}
     encoder.count_positions(64)
     assert all(module.training == training for module in encoder.modules())
