@@ -370,6 +370,17 @@ def fold_batch_norm(encoder: Encoder) -> Encoder:
     return light.to(memory_format=torch.channels_last)
 
 
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def pick_dtype(precision: str, device: torch.device | str) -> torch.dtype:
+    """Return the type that the CNN computes in; auto: bfloat16 where the device multiplies it."""
+    fast = precision == "bfloat16" or (
+        precision == "auto" and multiplies_bfloat16(torch.device(device))
+    )
+    return torch.bfloat16 if fast else torch.float32
+
+
 def prepare_encoder(
     encoder: Encoder, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> Callable[[Tensor], Tensor]:

@@ -10,11 +10,11 @@ import sys
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 # Before torch, which reads how its threads wait when it is loaded.
 from util import threads
@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from decoding import Decoded, DecodingConfig, decode, to_captions
-from encoder import image_transform
+from encoder import PRECISIONS, Encoder, image_transform, pick_dtype, prepare_encoder
 from model import checkpoint_file, load_models
 from util import distributed, files, results
 from util.distributed import pick_device
@@ -64,24 +64,53 @@ class Explained(NamedTuple):
 class Captioner:
     """A loaded model that captions images."""
 
-    def __init__(self, model: torch.nn.Module, decoding: DecodingConfig | None = None):
-        """`model`: of `model.py` or `onnx_model.py`; `decoding`: the default settings of calls."""
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        decoding: DecodingConfig | None = None,
+        precision: str = "auto",
+    ):
+        """`model`: of `model.py` or `onnx_model.py`; `decoding`: the default settings of calls;
+        `precision` of the CNN: see `Captioner.load`.
+        """
         self.model = model.eval()
         self.decoding = decoding or DecodingConfig()
-        self.transforms = [image_transform(size, train=False) for _, size in model.encoders]
+        self.precision = precision
+        sizes = [size for _, size in model.encoders]
+        self.transforms = [image_transform(size, train=False) for size in sizes]
+        self.at_least = max(sizes)  # pixels per side that reading an image must keep
+
+    @functools.cached_property
+    def encoders(self) -> list[Callable[[Tensor], Tensor]]:
+        """For each input of `model.encode`, the function that makes it from pixels (B, 3, H, W).
+
+        The CNN is copied and prepared when the first image is captioned.
+        """
+        device = next(self.model.parameters()).device
+        dtype = pick_dtype(self.precision, device)
+        return [
+            prepare_encoder(encoder, device, dtype) if isinstance(encoder, Encoder) else encoder
+            for encoder, _ in self.model.encoders
+        ]
 
     @classmethod
     def load(
         cls,
         checkpoint: str | Path | Sequence[str | Path] | None = None,
         device: torch.device | str = "auto",
+        *,
+        precision: str = "auto",
         **decoding: Any,
     ) -> "Captioner":
         """Return the captioner of a checkpoint: a model file (.onnx too), or the folder of a run.
 
-        Several checkpoints form an ensemble. `decoding` are fields of `DecodingConfig`. Without a
-        checkpoint the shipped model is loaded; raises FileNotFoundError if there is none.
+        Several checkpoints form an ensemble. `precision` is what the CNN computes in: float32,
+        bfloat16, or auto, which is bfloat16 where the processor multiplies it. `decoding` are
+        fields of `DecodingConfig`. Without a checkpoint the shipped model is loaded; raises
+        FileNotFoundError if there is none, UserError if `precision` is not known.
         """
+        if precision not in PRECISIONS:
+            raise UserError(f"precision {precision!r} is not known; choose from {PRECISIONS}")
         if checkpoint is None:
             checkpoint = SHIPPED
             if not SHIPPED.exists():
@@ -98,7 +127,7 @@ class Captioner:
             model = load_onnx(paths, device)
         else:
             model = load_models(paths, pick_device(device))
-        return cls(model, DecodingConfig(**decoding))
+        return cls(model, DecodingConfig(**decoding), precision)
 
     def caption(self, image: Any, *, n: int = 1, **decoding: Any) -> str | list[str]:
         """Return the caption of an image, or with `n` > 1 the list of its `n` best.
@@ -163,7 +192,7 @@ class Captioner:
     def _preprocess(self, image: Any, return_exceptions: bool = False) -> list[Tensor] | Exception:
         """Return the input pixels (3, H, W) of an image for each of the model's encoders."""
         try:
-            image = read_image(image)
+            image = read_image(image, self.at_least)
         except (UserError, OSError) as error:
             if return_exceptions:
                 return drop_traceback(error)
@@ -175,11 +204,11 @@ class Captioner:
         self, batch: Sequence[list[Tensor]], n: int, config: DecodingConfig
     ) -> tuple[Any, Decoded]:
         """Return the memory of a batch of preprocessed images, and their captions as tokens."""
-        device = next(self.model.parameters()).device
         inputs = [torch.stack(pixels) for pixels in zip(*batch, strict=True)]
         # An image is sampled by its pixels, so that it has the same captions alone and in a batch.
         seeds = [zlib.crc32(pixels.contiguous().numpy()) for pixels in inputs[0]]
-        memory = self.model.encode(*(pixels.to(device) for pixels in inputs))
+        pairs = zip(self.encoders, inputs, strict=True)
+        memory = self.model.encode(*(encode(pixels) for encode, pixels in pairs))
         longest = self.model.config.seq_len
         return memory, decode(self.model.decoder, memory, config, longest=longest, n=n, seeds=seeds)
 
@@ -266,6 +295,8 @@ class Config:
     """auto, cpu, cuda, cuda:1, mps."""
     threads: int | None = None
     """CPU threads to compute with (default: one for each CPU that this process may use)."""
+    precision: Literal[PRECISIONS] = "auto"
+    """What the CNN computes in. auto: bfloat16 where the processor multiplies it, else float32."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -280,7 +311,8 @@ def main(argv: list[str] | None = None) -> None:
         job = distributed.on_main(lambda: plan(config))
         outputs = config.outputs
         checkpoints = list_checkpoints(config.checkpoint, config.ensemble)
-        captioner = Captioner.load(checkpoints, config.device, **asdict(config.decoding))
+        settings = {"precision": config.precision, **asdict(config.decoding)}
+        captioner = Captioner.load(checkpoints, config.device, **settings)
         if outputs.output and distributed.is_main():
             results.write_settings(outputs.output, job.settings)
         tally = caption_share(captioner, job, config)

@@ -91,7 +91,8 @@ class OnnxModel(nn.Module):
             ) from error
         self.decoder = OnnxDecoder(step_graph, metadata["shared"], len(self.vocabulary))
         self.config = SimpleNamespace(seq_len=metadata["max_words"])
-        self.encoders = [(self, metadata["picture"]["size"])]
+        # The graph begins with pixels: there is no encoder by itself.
+        self.encoders = [(nn.Identity(), metadata["picture"]["size"])]
         # Callers ask a model's parameters for its device.
         self.device_parameter = nn.Parameter(torch.empty(0), requires_grad=False)
 

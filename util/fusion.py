@@ -7,6 +7,8 @@ of compiling.
 """
 
 import operator
+import threading
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,9 @@ ACTIVATIONS = {
 }
 
 
+ORDERING = threading.Lock()
+
+
 class FusedConv(nn.Module):
     """A convolution, to whose result another tensor may be added, and an activation."""
 
@@ -32,23 +37,30 @@ class FusedConv(nn.Module):
         super().__init__()
         self.settings = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
         self.activation = activation
-        self.weight = conv.weight.detach()
+        self.weight: Tensor | None = conv.weight.detach()
         self.bias = None if conv.bias is None else conv.bias.detach()
-        self.is_ordered = False
+        self.ordered: Tensor | None = None
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """Return activation(conv(x) + other)."""
-        if not self.is_ordered:
-            # Into the order in which the kernel for inputs of this size reads it; it works for
-            # other sizes too. From here on the module can be neither copied nor saved.
-            reorder = torch.ops.mkldnn._reorder_convolution_weight
-            self.weight = reorder(self.weight, *self.settings, list(x.shape))
-            self.is_ordered = True
+        if self.ordered is None:
+            self.order_weight(x.shape)
         convolve = torch.ops.mkldnn._convolution_pointwise
-        weights = self.weight, self.bias, *self.settings
+        weights = self.ordered, self.bias, *self.settings
         if other is None:
             return convolve(x, *weights, self.activation or "none", [], "")
         return convolve.binary(x, other, *weights, "add", 1.0, self.activation or None, [], "")
+
+    def order_weight(self, input_size: Sequence[int]) -> None:
+        """Put the weight into the order in which the kernel for inputs of this size reads it.
+
+        It works for other sizes too, but a tensor in that order can be neither copied nor saved.
+        """
+        with ORDERING:  # threads that come first together
+            if self.weight is not None:
+                reorder = torch.ops.mkldnn._reorder_convolution_weight
+                self.ordered = reorder(self.weight, *self.settings, list(input_size))
+                self.weight = None
 
 
 def can_fuse(graph: nn.Module) -> bool:
