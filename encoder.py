@@ -183,7 +183,13 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, S, C) of `images` (B, 3, H, W), positions row by row."""
-        maps = self.cnn(images.contiguous(memory_format=torch.channels_last))
+        return self.to_sequence(self.cnn(images.contiguous(memory_format=torch.channels_last)))
+
+    def to_sequence(self, maps: Tensor) -> Tensor:
+        """Return features (B, S, C) of the backbone's output, averaged to the grid if there is one.
+
+        Raises UserError where the grid is finer than the output.
+        """
         features = get_backbone(self.name).to_sequence(maps)
         if not self.grid:
             return features
@@ -389,12 +395,16 @@ def prepare_encoder(
     It computes in `dtype` on `device`, and is for inference only: later changes of the encoder's
     weights don't reach it.
     """
-    light = fold_batch_norm(encoder).to(device, dtype)
-    if torch.device(device).type == "cpu" and can_fuse(light.cnn):
-        light.cnn = fuse_convolutions(light.cnn)
+    device = torch.device(device)
+    if device.type == "cpu" and can_fuse(encoder.cnn):
+        cnn = fuse_convolutions(encoder.cnn, dtype)
+    else:
+        cnn = fold_batch_norm(encoder).cnn.to(device, dtype)
 
     def encode(pixels: Tensor) -> Tensor:
-        return light(pixels.to(device, dtype, non_blocking=True)).float()
+        pixels = pixels.to(device, dtype, non_blocking=True)
+        maps = cnn(pixels.contiguous(memory_format=torch.channels_last))
+        return encoder.to_sequence(maps).float()
 
     return encode
 

@@ -6,6 +6,7 @@ of the convolution is still in the cache. `torch.compile` uses the same operatio
 of compiling.
 """
 
+import copy
 import operator
 import threading
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 ADDITIONS = (operator.add, operator.iadd, torch.add)
 # Activation -> its name in oneDNN. Any other stays an operation of its own.
@@ -33,12 +35,20 @@ ORDERING = threading.Lock()
 class FusedConv(nn.Module):
     """A convolution, to whose result another tensor may be added, and an activation."""
 
-    def __init__(self, conv: nn.Conv2d, activation: str):
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        weight: Tensor,
+        bias: Tensor | None,
+        activation: str,
+        dtype: torch.dtype,
+    ):
+        """With `weight` and `bias` in place of those of `conv`."""
         super().__init__()
         self.settings = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
         self.activation = activation
-        self.weight: Tensor | None = conv.weight.detach()
-        self.bias = None if conv.bias is None else conv.bias.detach()
+        self.weight: Tensor | None = weight.detach().to(dtype)
+        self.bias = None if bias is None else bias.detach().to(dtype)
         self.ordered: Tensor | None = None
 
     def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
@@ -63,50 +73,63 @@ class FusedConv(nn.Module):
                 self.weight = None
 
 
-def can_fuse(graph: nn.Module) -> bool:
-    """Return whether `fuse_convolutions` is possible: for a traced CNN, if torch has oneDNN."""
+def can_fuse(cnn: nn.Module) -> bool:
+    """Return whether `fuse_convolutions` is possible: for a CNN with BatchNorm, with oneDNN."""
     operations = ("_reorder_convolution_weight", "_convolution_pointwise")
     return (
-        isinstance(graph, fx.GraphModule)
-        and torch.backends.mkldnn.is_available()
+        torch.backends.mkldnn.is_available()
         and all(hasattr(torch.ops.mkldnn, name) for name in operations)
+        and any(isinstance(module, nn.BatchNorm2d) for module in cnn.modules())
     )
 
 
 @torch.no_grad()
-def fuse_convolutions(graph: fx.GraphModule) -> fx.GraphModule:
-    """Replace the convolutions of `graph` and what follows them by `FusedConv`; return `graph`.
+def fuse_convolutions(cnn: nn.Module, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    """Return `cnn` with its convolutions, and what follows each, as `FusedConv` in `dtype`.
 
-    The result is for inference on the CPU only, with inputs of the type of the weights.
+    The result is for inference on the CPU only, with inputs in `dtype`; `cnn` stays as it is.
     """
+    training = cnn.training
+    graph = fx.symbolic_trace(cnn.eval())
+    cnn.train(training)
     for number, node in enumerate(list(graph.graph.nodes)):
         conv = get_module(graph, node)
         if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros":
             continue
         last, inputs, activation = node, [node.args[0]], ""
+        weights = conv.weight, conv.bias
+        norm = get_module(graph, get_only_user(last))
+        if isinstance(norm, nn.BatchNorm2d):
+            last = get_only_user(last)
+            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            weights = fuse_conv_bn_weights(*weights, *statistics)
         user = get_only_user(last)
         if user is not None and user.target in ADDITIONS:
-            others = [each for each in user.args if each is not node]
+            others = [each for each in user.args if each is not last]
             if len(others) == 1 and isinstance(others[0], fx.Node):  # not a number, not itself
                 last, inputs = user, [node.args[0], others[0]]
         user = get_only_user(last)
         if user is not None and (activation := get_activation(graph, user)):
             last = user
         name = f"fused_{number}"
-        graph.add_submodule(name, FusedConv(conv, activation))
+        graph.add_submodule(name, FusedConv(conv, *weights, activation, dtype))
         # Where the last of the replaced operations was: all inputs have been computed there.
         with graph.graph.inserting_before(last):
             fused = graph.graph.call_module(name, tuple(inputs))
         last.replace_all_uses_with(fused)
     graph.graph.eliminate_dead_code()
     graph.delete_all_unused_submodules()
+    for name, module in list(graph.named_modules()):
+        if any(True for _ in module.parameters(recurse=False)):  # shared with `cnn` until here
+            graph.set_submodule(name, copy.deepcopy(module))
     graph.recompile()
-    return graph
+    return graph.to(dtype)
 
 
-def get_module(graph: fx.GraphModule, node: fx.Node) -> nn.Module | None:
-    """Return the module that a node calls; None if it calls a function."""
-    return graph.get_submodule(node.target) if node.op == "call_module" else None
+def get_module(graph: fx.GraphModule, node: fx.Node | None) -> nn.Module | None:
+    """Return the module that a node calls; None if it calls a function, or there is no node."""
+    is_module = node is not None and node.op == "call_module"
+    return graph.get_submodule(node.target) if is_module else None
 
 
 def get_only_user(node: fx.Node) -> fx.Node | None:
