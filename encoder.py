@@ -396,7 +396,7 @@ def prepare_encoder(
     weights don't reach it.
     """
     device = torch.device(device)
-    if device.type == "cpu" and can_fuse(encoder.cnn):
+    if device.type == "cpu" and can_fuse(encoder.cnn, dtype):
         cnn = fuse_convolutions(encoder.cnn, dtype)
     else:
         cnn = fold_batch_norm(encoder).cnn.to(device, dtype)

@@ -18,6 +18,7 @@ from PIL import Image
 import inference
 from inference import Captioner, caption
 from model import CaptionModel
+from util.images import read_image
 from util.results import Caption
 
 ROOT = Path(__file__).parent.parent
@@ -500,3 +501,36 @@ def test_a_table_keeps_its_content_but_on_a_terminal(run, tmp_path, script, monk
     monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
     on_terminal = script(*argv)[1]
     assert "\x1b" not in on_terminal and r"a\x1b]0;owned" in on_terminal
+
+
+@pytest.mark.parametrize("precision", ["auto", "float32", "bfloat16"])
+def test_every_precision_of_the_cnn_gives_nearly_the_same_features(run, precision):
+    exact = Captioner.load(run, "cpu", precision="float32")
+    (expected,) = (encode(torch.zeros(1, 3, 64, 64)) for encode in exact.encoders)
+    captioner = Captioner.load(run, "cpu", precision=precision)
+    (features,) = (encode(torch.zeros(1, 3, 64, 64)) for encode in captioner.encoders)
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, expected, atol=0.05, rtol=0.05)
+    assert captioner.caption(picture(1))
+
+
+def test_an_unknown_precision_is_named(run):
+    with pytest.raises(ValueError, match="precision 'float16' is not known"):
+        Captioner.load(run, "cpu", precision="float16")
+
+
+def test_a_large_photo_is_decoded_no_larger_than_the_model_needs(run, tmp_path, monkeypatch):
+    """A JPEG's own reduction: a twelve-megapixel photo is read in a quarter of the time."""
+    picture(1).resize((1200, 900)).save(tmp_path / "large.jpg")
+    sizes = []
+
+    def read(source, at_least=None):
+        image = read_image(source, at_least)
+        sizes.append(image.size)
+        return image
+
+    monkeypatch.setattr(inference, "read_image", read)
+    captioner = Captioner.load(run, "cpu")
+    small = captioner.caption(tmp_path / "large.jpg")
+    assert sizes == [(300, 225)]  # a quarter: each side keeps twice the 64 pixels of the model
+    assert small == captioner.caption(read_image(tmp_path / "large.jpg"))

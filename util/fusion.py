@@ -73,8 +73,13 @@ class FusedConv(nn.Module):
                 self.weight = None
 
 
-def can_fuse(cnn: nn.Module) -> bool:
-    """Return whether `fuse_convolutions` is possible: for a CNN with BatchNorm, with oneDNN."""
+def can_fuse(cnn: nn.Module, dtype: torch.dtype) -> bool:
+    """Return whether `fuse_convolutions` is possible: a CNN with BatchNorm, and oneDNN in `dtype`.
+
+    oneDNN computes in bfloat16 only on processors that multiply it, or nearly do.
+    """
+    if dtype != torch.float32 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
     operations = ("_reorder_convolution_weight", "_convolution_pointwise")
     return (
         torch.backends.mkldnn.is_available()
