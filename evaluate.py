@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 import metrics
 from decoding import DecodingConfig, decode, to_captions
+from encoder import PRECISIONS, pick_dtype
 from features import FeatureCache, encode_images
 from inference import Captioner, list_checkpoints
 from losses import cross_entropy
@@ -66,17 +67,20 @@ def encode_split(
     *,
     batch_size: int = 64,
     workers: int = 2,
+    precision: str = "float32",
 ) -> Iterator[SplitBatch]:
     """Yield the features of `records` batch by batch, from `cache` or from the image files.
 
+    `precision` of the CNN: float32, bfloat16, or auto (`encoder.pick_dtype`).
     Images that can't be read are left out and logged; raises UserError if they are too many.
     """
     device = next(model.parameters()).device
     parts = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
     encoded: Iterable[Any] = itertools.repeat(None, len(parts))
     if cache is None:
+        amp = pick_dtype(precision, device) == torch.bfloat16
         streams = [
-            encode_images(records, encoder, img_size, device, batch_size, workers)
+            encode_images(records, encoder, img_size, device, batch_size, workers, amp)
             for encoder, img_size in model.encoders
         ]
         encoded = zip(*streams, strict=True)
@@ -342,6 +346,8 @@ class Config:
     """Processes that read images."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal[PRECISIONS] = "auto"
+    """What the CNN computes in. auto: bfloat16 where the processor multiplies it, else float32."""
     threads: int | None = None
     """CPU threads to compute with (default: one for each CPU that this process may use)."""
 
@@ -384,12 +390,16 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
             threads.warn_of_overload()
         captions = {}
         for batch in encode_split(
-            model, share, batch_size=config.batch_size, workers=config.workers
+            model,
+            share,
+            batch_size=config.batch_size,
+            workers=config.workers,
+            precision=config.precision,
         ):
             captions |= caption_batch(model, batch, config.decoding)
         captions = gather_captions(captions, records)
         records = [record for record in records if record.image_id in captions]
-        source = {"decoding": asdict(config.decoding)}
+        source = {"precision": config.precision, "decoding": asdict(config.decoding)}
     if not distributed.is_main():
         return {}, {}
     scores = score_captions(records, captions, java=config.java)
@@ -429,7 +439,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     check_outputs(config)
     with distributed.join():
-        threads.use_threads(config.threads)
+        threads.set_up_process(config.threads)
         report, captions = evaluate(config)
     if not report:  # only the main process has one
         return

@@ -37,9 +37,9 @@ from encoder import (
     TRANSFORM,
     Encoder,
     fingerprint,
-    fold_batch_norm,
     image_transform,
     multiplies_bfloat16,
+    prepare_encoder,
 )
 from readers import DATASETS, Record, load_splits
 from shards import write_shards
@@ -239,13 +239,11 @@ def encode_images(
     """
     images = ImageViews(records, img_size, views)
     loader = Loader(images, batch_size, num_workers=min(workers, len(records)))
-    dtype = torch.bfloat16 if amp else torch.float32
-    encoder = fold_batch_norm(encoder).to(device, dtype)
+    encode = prepare_encoder(encoder, device, torch.bfloat16 if amp else torch.float32)
     start = 0
     for pixels, seeds, readable, sources in loader:
         with torch.no_grad():  # not around the yield: it would apply to the caller's code too
-            pixels = pixels.to(device, dtype, non_blocking=True)
-            features = encoder(pixels.flatten(0, 1)).float().unflatten(0, pixels.shape[:2])
+            features = encode(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2])
         lost = (~readable).nonzero()[:, 0].tolist()
         features[lost] = 0
         unreadable = [records[start + row].image_id for row in lost]

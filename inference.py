@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     about = {"program": "inference.py", "description": "Caption images."}
     with distributed.join(MAX_WAIT):
         config = distributed.on_main(lambda: files.parse(flags, argv, **about))
-        threads.use_threads(config.threads)
+        threads.set_up_process(config.threads)
         job = distributed.on_main(lambda: plan(config))
         outputs = config.outputs
         checkpoints = list_checkpoints(config.checkpoint, config.ensemble)

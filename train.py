@@ -359,7 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     """Train a captioner."""
     with distributed.join():
         config = distributed.on_main(lambda: configure(argv))
-        threads.use_threads(config.train.threads)
+        threads.set_up_process(config.train.threads)
         train(config)
 
 

@@ -145,12 +145,12 @@ def test_the_flag_sets_torchs_threads(monkeypatch):
 
     counts = []
     monkeypatch.setattr(torch, "set_num_threads", counts.append)
-    threads.use_threads(None)
-    threads.use_threads(3)
+    threads.set_up_process(None)
+    threads.set_up_process(3)
     assert counts == [3]
     for count in (0, -1, 5000):
         with pytest.raises(UserError, match=f"--threads {count} must be between 1 and 1,024"):
-            threads.use_threads(count)
+            threads.set_up_process(count)
 
 
 @pytest.mark.parametrize("script", ["train", "evaluate", "inference"])
@@ -162,7 +162,7 @@ def test_scripts_take_the_flag(script, monkeypatch, tmp_path):
         raise DoneError(count)
 
     module = __import__(script)
-    monkeypatch.setattr(module.threads, "use_threads", stop)
+    monkeypatch.setattr(module.threads, "set_up_process", stop)
     arguments = {"train": ["--dataset", "shapes"], "inference": ["a.jpg"]}.get(script, [])
     with pytest.raises(DoneError) as caught:
         module.main([*arguments, "--threads", "3"])
