@@ -399,7 +399,7 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
             captions |= caption_batch(model, batch, config.decoding)
         captions = gather_captions(captions, records)
         records = [record for record in records if record.image_id in captions]
-        source = {"precision": config.precision, "decoding": asdict(config.decoding)}
+        source = {"decoding": asdict(config.decoding)}
     if not distributed.is_main():
         return {}, {}
     scores = score_captions(records, captions, java=config.java)
