@@ -271,7 +271,10 @@ class Transformer(Decoder):
         `state.image`: each layer's keys and values of the image, computed once, never per word.
         `state.beam`: each layer's keys and values of the words so far, none yet.
         """
-        image = tuple(tensor for block in self.blocks for tensor in block.project_kv(memory))
+        # Copied into one piece each: read for every word, the two halves of one tensor, head by
+        # head, take up to three times as long.
+        pairs = (block.project_kv(memory) for block in self.blocks)
+        image = tuple(tensor.contiguous() for pair in pairs for tensor in pair)
         batch, _, _, size = image[0].shape
         empty = memory.new_zeros(batch, 1, self.heads, 0, size)
         return State(image, (empty,) * (2 * len(self.blocks)))
