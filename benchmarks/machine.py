@@ -7,9 +7,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+
+class Seconds(NamedTuple):
+    """Median seconds of a side: by the clock, and on the processor, all threads together."""
+
+    wall: float
+    processor: float
 
 
 @dataclass
@@ -21,17 +28,23 @@ class Machine:
 
     def time(self, *sides: Callable[[], Any]) -> list[float]:
         """Return the median seconds of each side, measured alternately after one warm-up run."""
-        measured: list[list[float]] = [[] for _ in sides]
+        return [each.wall for each in self.measure(*sides)]
+
+    def measure(self, *sides: Callable[[], Any]) -> list[Seconds]:
+        """Return the same with the processor time of this process, which others don't slow down."""
+        measured: list[list[Seconds]] = [[] for _ in sides]
         gc.collect()
         for number in range(self.repeats + 1):
             for times, side in zip(measured, sides, strict=True):
-                start = time.perf_counter()
+                wall, processor = time.perf_counter(), time.process_time()
                 side()
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
                 if number:
-                    times.append(time.perf_counter() - start)
-        return [statistics.median(times) for times in measured]
+                    passed = time.perf_counter() - wall, time.process_time() - processor
+                    times.append(Seconds(*passed))
+        columns = [zip(*times, strict=True) for times in measured]
+        return [Seconds(*map(statistics.median, both)) for both in columns]
 
     def describe(self) -> str:
         """Return the name of the device, and the versions."""

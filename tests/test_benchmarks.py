@@ -6,6 +6,8 @@ from pathlib import Path
 import bench
 import busy
 import growth
+import peer_rows
+import peers
 import pytest
 import scale
 import streams
@@ -17,7 +19,7 @@ from decoder import DecoderConfig, build_decoder
 from decoding import beam_search, greedy
 from losses import cross_entropy
 from util.files import UserError
-from vocabulary import END
+from vocabulary import END, START
 
 SIZES = {"d_model": 16, "n_head": 2, "n_decode": 2, "fc_dim": 32, "seq_len": 9}
 SEARCH = {"beam_size": 4, "max_words": 9}
@@ -79,9 +81,82 @@ def test_the_benchmark_writes_its_table(tmp_path, capsys):
     assert "| CIDEr-D reward of 320 samples | captions/s |" in capsys.readouterr().out
 
 
+def needs(*packages: str):
+    """Skip a test unless the packages of requirements-peers.txt are installed."""
+    missing = [name for name in packages if not peer_rows.is_installed(name)]
+    reason = f"{', '.join(missing)} not installed (requirements-peers.txt)"
+    return pytest.mark.skipif(bool(missing), reason=reason)
+
+
+@needs("transformers")
+def test_a_gpt2_of_transformers_with_our_weights_computes_the_same():
+    ours = decoder("transformer")
+    gpt2 = peer_rows.build_gpt2(ours)
+    tokens = torch.randint(4, 30, (3, 8), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0] = START
+    with torch.no_grad():
+        memory = ours.encode(torch.randn(3, 6, 8))
+        expected = ours(memory, tokens, torch.arange(3)).logits
+        found = gpt2(input_ids=tokens[:, :-1], encoder_hidden_states=memory).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def measure_peers(tmp_path, run, *rows: str) -> dict:
+    """Return the report of `peers.py` on a tiny model, which must have compared the results."""
+    report = tmp_path / "peers.json"
+    peers.main(["--rows", *rows, "--repeats", "1", "--images", "6", "--batch-size", "4",
+                "--checkpoint", str(run / "best.safetensors"), "--json", str(report)])  # fmt: skip
+    report = json.loads(report.read_text())
+    for row in report["rows"]:
+        for clock in ("wall", "processor"):
+            one = row[clock]
+            assert one["ratio"] == pytest.approx(one["peer"] / one["ours"])
+    return report
+
+
+@needs("transformers")
+def test_decoding_is_measured_beside_transformers(tmp_path, run, capsys):
+    report = measure_peers(tmp_path, run, "greedy", "beam", "sample")
+    assert [row["name"] for row in report["rows"]] == [
+        f"{method}, {size}"
+        for method in ("greedy", "beam 5", "sampling")
+        for size in ("batches of 4", "one image")
+    ]
+    assert "| greedy, one image | transformers |" in capsys.readouterr().out
+
+
+@needs("transformers")
+def test_other_captions_are_not_compared(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(peer_rows, "greedy", lambda *args, **_: greedy(*args, max_words=1))
+    with pytest.raises(RuntimeError, match="greedy captions differ"):
+        measure_peers(tmp_path, run, "greedy")
+
+
+@needs("onnx", "onnxscript", "onnxruntime", "openvino")
+def test_the_cnn_is_measured_beside_other_engines(tmp_path, run):
+    report = measure_peers(tmp_path, run, "cnn")
+    assert {row["peer"] for row in report["rows"]} == {"onnxruntime", "openvino"}
+    assert report["left_out"] == {} and "1 threads" in report["machine"]
+
+
+def test_rows_without_their_packages_are_left_out_in_one_line(tmp_path, run, capsys, monkeypatch):
+    monkeypatch.setattr(peers, "is_installed", lambda name: False)
+    monkeypatch.setattr(peer_rows, "PHOTO", (400, 300))
+    report = measure_peers(tmp_path, run, "greedy", "reading")
+    assert report["left_out"] == {"greedy": ["transformers"]}
+    assert {row["peer"] for row in report["rows"]} == {"Pillow", "torchvision"}
+    said = capsys.readouterr().err
+    assert (
+        "greedy: rows that need transformers are left out: pip install -r requirements-peers"
+        in said
+    )
+
+
 def test_an_unknown_row_is_named():
     with pytest.raises(UserError, match="no row is called .*dog.*choose from training"):
         bench.main(["--rows", "dog"])
+    with pytest.raises(UserError, match="no row is called .*dog.*choose from greedy"):
+        peers.main(["--rows", "dog"])
     with pytest.raises(UserError, match="dog can't be varied; choose from images"):
         growth.main(["--vary", "dog"])
 
