@@ -18,6 +18,9 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Before torch, which reads how its threads wait when it is loaded.
+from util import threads  # noqa: E402, I001
+
 import peer_rows  # noqa: E402
 from machine import Machine, Seconds  # noqa: E402
 from peer_rows import Bench, Row, is_installed  # noqa: E402
@@ -46,6 +49,8 @@ class Config:
     """Images that are captioned at once."""
     device: str = "cpu"
     """Where captions are decoded: auto, cpu, cuda, cuda:1, mps. The other rows are of the CPU."""
+    threads: int | None = None
+    """CPU threads that each program computes with (default: one for each CPU it may use)."""
 
     def __post_init__(self) -> None:
         for name in ("repeats", "images", "batch_size"):
@@ -113,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if not chosen:
         raise UserError(f"no row is called {config.rows}; choose from {', '.join(ROWS)}")
+    threads.set_up_process(config.threads)
     rows: list[dict[str, Any]] = []
     left_out: dict[str, list[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
