@@ -23,10 +23,16 @@ from helpers.caches import (
     suffixes,
 )
 from PIL import Image
-from torch import nn
 
 import features
-from encoder import BACKBONES, Encoder, fold_batch_norm, get_backbone, image_transform
+from encoder import (
+    BACKBONES,
+    Encoder,
+    fold_batch_norm,
+    get_backbone,
+    image_transform,
+    prepare_encoder,
+)
 from features import FeatureCache, cached_features, describe, encode_images
 from readers import Record
 from util import extraction
@@ -246,20 +252,17 @@ def test_gradients_stay_enabled_for_the_caller(records, encoder):
         (batch.features.float() * weight).sum().backward()
 
 
-def test_the_encoder_runs_folded_and_channels_last(records, encoder, monkeypatch):
-    calls = []
+@pytest.mark.parametrize(("amp", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_the_encoder_is_prepared_for_inference_once(amp, dtype, records, encoder, monkeypatch):
+    prepared = []
 
-    def fold_and_record(original):
-        light = fold_batch_norm(original)
-        light.cnn.register_forward_pre_hook(lambda cnn, inputs: calls.append((cnn, inputs[0])))
-        return light
+    def prepare(*arguments):
+        prepared.append(arguments)
+        return prepare_encoder(*arguments)
 
-    monkeypatch.setattr(features, "fold_batch_norm", fold_and_record)
-    list(encode_images(records[:4], encoder, 32, workers=0))
-    ((cnn, pixels),) = calls
-    assert not any(isinstance(part, nn.BatchNorm2d) for part in cnn.modules())
-    assert pixels.is_contiguous(memory_format=torch.channels_last)
-    assert cnn.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    monkeypatch.setattr(features, "prepare_encoder", prepare)
+    batches = list(encode_images(records[:4], encoder, 32, batch_size=2, workers=0, amp=amp))
+    assert len(batches) == 2 and prepared == [(encoder, "cpu", dtype)]
 
 
 def test_progress_shows_images_per_second(records, encoder, tmp_path, monkeypatch):

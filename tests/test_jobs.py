@@ -272,7 +272,7 @@ def test_one_bad_folder_costs_only_itself(photos, script, tmp_path, monkeypatch)
     scan = os.scandir
 
     def guarded(path):
-        if os.path.basename(path) == "locked":
+        if os.path.basename(str(path)) == "locked":
             raise PermissionError(13, "Permission denied", path)
         return scan(path)
 

@@ -371,12 +371,15 @@ def test_an_image_that_is_too_large_is_left_out(written, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("row", [b'["a.png", 1, ["x"]]\n', b" "])
-def test_a_list_that_unpacks_to_far_more_than_its_size_is_one_line(row, written, tmp_path):
+def test_a_list_that_unpacks_to_far_more_than_its_size_is_one_line(
+    row, written, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "BOMB", 2)  # times a million bytes, for so small a file
     folder = copied(written, tmp_path / "made")
     index = files.read_json(folder / "index.json")
     index["splits"]["val"]["shards"][0]["images"] = 2**39
     files.write_json(folder / "index.json", index)
-    (folder / "val.jsonl.gz").write_bytes(gzip.compress(row * (60 * 2**20 // len(row))))
+    (folder / "val.jsonl.gz").write_bytes(gzip.compress(row * (3 * 2**20 // len(row))))
     with pytest.raises(files.UserError, match=r"val\.jsonl\.gz is damaged"):
         listed(folder, tmp_path, "val")
 
