@@ -256,6 +256,18 @@ def test_a_damaged_description_is_made_again(
     check(found, records, encoder)
 
 
+def test_a_description_of_other_images_is_made_again(
+    built, records, encoder, tmp_path, monkeypatch, caplog
+):
+    path = built.path.with_suffix(".json")
+    about = json.loads(path.read_text())
+    about["image_ids"][:2] = about["image_ids"][1::-1]
+    path.write_text(json.dumps(about))
+    found, read, lines = read_again(records, encoder, tmp_path, monkeypatch, caplog)
+    assert len(read) == 8 and "is damaged (it lists other images)" in lines[0]
+    check(found, records, encoder)
+
+
 def test_a_file_that_is_cut_while_it_is_used_is_one_line(built, records):
     built.get("000.bmp")
     os.truncate(built.path, 128 + 2 * 1024 + 100)
@@ -290,11 +302,11 @@ def test_one_file_of_several_is_repaired_alone(encoder, records, tmp_path, monke
     found, read, lines = read_again(records, encoder, tmp_path, monkeypatch, caplog)
     assert read == ["000.bmp", "005.bmp", "007.bmp"] and len(lines) == 3
     check(found, records, encoder)
-    found.path.with_suffix(".json").write_text("{")
-    found, read, lines = read_again(records, encoder, tmp_path, monkeypatch, caplog)
-    assert read == [] and lines == [
-        f"{built.path.with_suffix('.json')} is damaged: it is made again"
-    ]
+    index = found.path.with_suffix(".json")
+    for text in ("{", index.read_text().replace('"images": 8', '"images": 9')):
+        index.write_text(text)
+        found, read, lines = read_again(records, encoder, tmp_path, monkeypatch, caplog)
+        assert read == [] and lines == [f"{index} is damaged: it is made again"]
 
 
 def test_views_are_checked_too(encoder, records, tmp_path, monkeypatch):
@@ -305,6 +317,19 @@ def test_views_are_checked_too(encoder, records, tmp_path, monkeypatch):
     read = stop_after(monkeypatch, 99)
     build(records, encoder, tmp_path / "cache", views=2)
     assert [path.name for path in read] == ["003.bmp"]
+
+
+def test_a_file_is_checked_in_chunks(built, records, encoder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cache, "CHUNK", 3 * 1024)  # rows have 1024 bytes: the last chunk has two
+    _, read, lines = read_again(records, encoder, tmp_path, monkeypatch, caplog)
+    assert (read, lines) == ([], [])
+    content = bytearray(built.path.read_bytes())
+    for row in (2, 3, 7):
+        flip(content, row)
+    built.path.write_bytes(content)
+    found, read, _ = read_again(records, encoder, tmp_path, monkeypatch, caplog)
+    assert read == ["002.bmp", "003.bmp", "007.bmp"]
+    check(found, records, encoder)
 
 
 def test_features_that_are_no_numbers_are_not_cached(encoder, records, tmp_path, monkeypatch):
@@ -345,6 +370,16 @@ def test_a_cache_of_an_earlier_version_is_used_and_noted(
     swap(records[1].path, records[6].path)
     _, read, _ = read_again(records, encoder, tmp_path, monkeypatch, caplog)
     assert read == ["001.bmp", "006.bmp"]
+
+
+def test_an_image_that_an_earlier_version_left_out_is_not_damaged(
+    records, encoder, tmp_path, monkeypatch, caplog
+):
+    records[4].path.write_bytes(b"<html>")
+    as_before(build(records, encoder, tmp_path / "cache"))
+    found, read, lines = read_again(records, encoder, tmp_path, monkeypatch, caplog)
+    assert read == [] and len(found) == 7
+    assert not any("damaged" in line for line in lines)
 
 
 @pytest.mark.parametrize("damage", [put_nan, zero_tail])
@@ -396,6 +431,21 @@ def test_a_source_is_size_times_and_digest(tmp_path):
         f"3 {about.st_ctime_ns} {about.st_mtime_ns} ba7816bf8f01cfea"
     )
     assert sources.read_source(tmp_path / "none") == sources.read_source(tmp_path) == ""
+
+
+def test_a_file_that_cannot_be_read_now_keeps_its_source(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"abc")
+    source = sources.read_source(path)
+    path.unlink()
+    assert sources.update_sources([path, path], [source, None]) == [source, None]
+
+
+def test_the_last_byte_of_a_large_file_counts(tmp_path):
+    for name, last in (("one", b"1"), ("other", b"2")):
+        (tmp_path / name).write_bytes(bytes(2**21 + 5) + last)
+    one, other = (sources.read_source(tmp_path / name) for name in ("one", "other"))
+    assert not sources.is_same_content(one, other)
 
 
 def test_a_file_is_read_and_written_where_the_system_has_no_positions(built, monkeypatch):

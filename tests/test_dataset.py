@@ -207,6 +207,13 @@ def test_left_and_right_count_only_as_separate_words(caption, mentions_side, rec
     assert never_mirrored == mentions_side
 
 
+def test_an_image_is_not_mirrored_either_where_an_epoch_leaves_the_side_out(records):
+    lines = ("a cat on the left", *(f"a dog {number}" for number in range(500)))
+    record = records[1]._replace(captions=lines)
+    first, *others = (load_batches([record], flip=True, epoch=epoch)[0] for epoch in range(12))
+    assert all(torch.equal(batch.inputs, first.inputs) for batch in others)
+
+
 def test_with_features_no_image_is_read(records):
     class Features:
         def get(self, image_id, view=0):

@@ -200,6 +200,15 @@ def test_views_are_the_image_its_mirror_image_and_crops(records, encoder, refere
             assert not any(torch.equal(seen[one], seen[other]) for other in range(one))
 
 
+def test_images_and_views_are_cropped_each_in_its_own_way(records, encoder, tmp_path):
+    twins = [records[0], records[1]._replace(path=records[0].path)]
+    cache = build(twins, encoder, tmp_path, views=5)
+    first, second = ([cache.get(each.image_id, view) for view in range(5)] for each in twins)
+    same = [torch.equal(*pair) for pair in zip(first, second, strict=True)]
+    assert same == [True, True, False, False, False]
+    assert not torch.equal(first[2], first[4])  # neither is mirrored
+
+
 def test_views_do_not_depend_on_the_batch(records, encoder, tmp_path):
     first = build(records, encoder, tmp_path / "first", views=3, batch_size=6)
     again = build(records, encoder, tmp_path / "again", views=3, batch_size=1)

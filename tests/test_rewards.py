@@ -17,12 +17,19 @@ from dataset import Batch
 from decoder import DecoderConfig
 from decoding import sample
 from encoder import Encoder
-from losses import Reward, leave_one_out
+from losses import (
+    Reward,
+    SampledBatch,
+    Totals,
+    leave_one_out,
+    sample_captions,
+    self_critical_objective,
+)
 from masks import NEVER
 from model import CaptionModel, read_metadata
 from readers import Record
 from trainer import Trainer
-from vocabulary import END, PAD, Vocabulary
+from vocabulary import END, PAD, START, Vocabulary
 
 CAPTIONS = {
     "one": ("A dog runs .", "a brown dog runs on grass", "The dog's running!"),
@@ -94,6 +101,21 @@ def test_the_baseline_is_the_mean_of_the_others():
     assert leave_one_out(rewards).tolist() == [[4.0, 3.5, 1.5], [1.5, 1.5, 0.0]]
 
 
+def test_the_objectives_of_parts_add_up_to_that_of_the_whole_batch():
+    rows = torch.nn.functional.pad(SAMPLES.flatten(0, 1), (1, 0), value=START)
+    logits = torch.randn(6, 8, len(VOCABULARY), generator=torch.Generator().manual_seed(0))
+    advantage = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 2.0])
+    totals = Totals(float((rows[:, 1:] != PAD).sum()), 6)
+
+    def objective(part: slice) -> torch.Tensor:
+        sampled = SampledBatch([], torch.empty(0), rows[part], torch.empty(0), advantage[part], 20)
+        return self_critical_objective(logits[part], None, sampled, totals, None).objective
+
+    parts = [objective(part) for part in (slice(0, 1), slice(1, 6), slice(6, 6))]
+    torch.testing.assert_close(sum(parts), objective(slice(None)))
+    assert abs(float(objective(slice(None)))) > 0.1
+
+
 # --- the stage
 
 
@@ -133,6 +155,38 @@ def test_after_the_captions_the_model_learns_what_is_rewarded(decoder):
         means.append(trainer.sums["rewarded"] / trainer.sums["samples"])
         assert trainer.sums["baselines"] / trainer.sums["samples"] == pytest.approx(means[-1])
     assert means[-1] > 1.2 * means[0] > 0
+
+
+def test_samples_have_their_image_and_the_advantage_over_its_other_samples():
+    trainer, batch = trainer_of_two()
+    given = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+    read = []
+
+    def reward(image_ids, samples):
+        read.append((image_ids, samples))
+        return given
+
+    sampled, rewards = sample_captions(trainer.model.eval(), batch, reward, 3)
+    ((image_ids, samples),) = read
+    assert image_ids == sampled.image_ids == ["x", "y"] and torch.equal(rewards, given)
+    assert sampled.owner.tolist() == [0, 0, 0, 1, 1, 1]
+    assert sampled.advantage.tolist() == [-3.0, -1.5, 4.5, -1.5, -1.5, 3.0]
+    assert (sampled.tokens[:, 0] == START).all()
+    assert torch.equal(sampled.tokens[:, 1:].unflatten(0, (2, 3)), samples)
+
+
+def test_the_rewards_and_baselines_of_a_step_are_added_up_for_every_sample():
+    trainer, batch = trainer_of_two(scst_samples=3)
+    trainer.start_stage(critical=True)
+    given = torch.tensor([[1.0, 2.0, 6.0], [0.0, 0.0, 3.0]])
+
+    def reward(image_ids, samples):
+        assert samples.shape[:2] == (2, 3)
+        return given
+
+    trainer.reward = reward
+    take_step(trainer, batch, batch)
+    assert trainer.sums == {"rewarded": 24.0, "baselines": 24.0, "samples": 12}
 
 
 def test_drawn_captions_are_read_again_with_the_probability_they_were_drawn_with():

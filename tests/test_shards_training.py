@@ -71,9 +71,18 @@ def test_the_buffer_holds_no_more_images_than_it_may(counts, world, seed):
         assert all(rank.reading.index(row) < n + dataset.BUFFER for n, row in enumerate(order))
 
 
-def test_orders_differ_by_epoch_and_are_the_same_each_time():
-    first, again, second = (plan([9, 8, 7], 1, 4, epoch=epoch)[0].batches for epoch in (0, 0, 1))
-    assert first == again != second
+def test_orders_differ_by_epoch_and_seed_and_are_the_same_each_time():
+    def order(seed: int, epoch: int) -> tuple[list, list]:
+        """Return the order of the shards, and where in it the images of the batches are."""
+        (stream,) = plan([5] * 9, 1, 4, seed=seed, epoch=epoch)
+        names = [row.image_id for row in stream.reading]
+        places = [names.index(row.image_id) for batch in stream.batches for row in batch]
+        return names, places
+
+    first, *others = (order(seed, epoch) for seed, epoch in ((3, 0), (3, 1), (4, 0)))
+    assert first == order(3, 0)
+    for other in others:  # both the shards and the buffer
+        assert first[0] != other[0] and first[1] != other[1]
 
 
 # --- the images

@@ -7,13 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import SMALL, as_flickr8k, assert_same_run, losses, run_code
+from helpers.tiny import (
+    BATCH,
+    SMALL,
+    as_flickr8k,
+    assert_same_run,
+    losses,
+    run_code,
+    take_step,
+    tiny_trainer,
+)
 from PIL import Image
 
 import train
 from config import PRESETS
 from encoder import Encoder
 from model import CaptionModel, read_metadata
+from util.signals import Interrupts
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +271,74 @@ def test_another_batch_size_keeps_the_schedule(drawn, whole, tmp_path):
     rows = torch.load(folder / "last.pt", weights_only=True)["rows"]
     assert [row["lr"] > 0 for row in rows[2:]] == [True, True]
     assert rows[2]["train_loss"] != rows[3]["train_loss"]
+
+
+# --- what a run keeps, by scores that are made up
+
+
+@pytest.fixture
+def scored(monkeypatch) -> tuple[list[float], list[dict]]:
+    """Return the CIDEr of the next scorings, to be filled in, and the weights that were scored."""
+    values, weights = [], []
+
+    def score_split(model, *_):
+        weights.append({name: each.clone() for name, each in model.state_dict().items()})
+        assert not model.training
+        row = {"CIDEr": values.pop(0), "BLEU-4": 0.0, "bad_endings": 0.0, "repeats": 0.0}
+        return {"loss": 1.0, **row}, {}
+
+    monkeypatch.setattr(train, "score_split", score_split)
+    monkeypatch.setattr(train, "write_samples", lambda *_: None)
+    monkeypatch.setattr(train, "print_scores", lambda scores: None)
+    monkeypatch.setattr(train.plots, "learning_curve", lambda *_: None)
+    return values, weights
+
+
+def train_epochs(trainer, folder: Path, count: int) -> None:
+    """Train epochs of a step each, and finish each as a run does."""
+    for _ in range(count):
+        take_step(trainer, BATCH)
+        train.finish_epoch(trainer, {"val": []}, {}, folder, Interrupts())
+
+
+def same_weights(found: dict, expected: dict) -> bool:
+    return all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_best_epoch_is_kept_with_the_average_of_weights(scored, tmp_path):
+    values, weights = scored
+    values += [0.1, 0.3, 0.2, 0.3]  # of equal ones the first
+    trainer = tiny_trainer(lr=0.01, warmup=0.0)
+    train_epochs(trainer, tmp_path, 3)
+    assert same_weights(weights[2], trainer.average)
+    assert not same_weights(trainer.model.state_dict(), trainer.average)
+    train_epochs(trainer, tmp_path, 1)
+    assert read_metadata(tmp_path / "best.safetensors")["scores"]["epoch"] == 2
+    best = CaptionModel.load(tmp_path).state_dict()
+    assert same_weights(best, weights[1]) and not same_weights(best, weights[3])
+
+
+def test_the_best_model_begins_the_second_stage_and_is_scored_at_the_end(scored, tmp_path):
+    values, weights = scored
+    values += [0.3, 0.1, 0.3]
+    trainer = tiny_trainer(lr=0.01, warmup=0.0, scst_epochs=1)
+    train_epochs(trainer, tmp_path, 2)
+    train.finish(trainer, {"test": []}, {}, tmp_path, Interrupts())
+    assert same_weights(weights[2], weights[0]) and not same_weights(weights[2], weights[1])
+    assert train.start_self_critical(trainer, tmp_path) and trainer.critical
+    assert same_weights(trainer.model.state_dict(), weights[0])
+    assert not train.start_self_critical(trainer, tmp_path)  # there is no third one
+
+
+def test_a_stage_ends_after_its_epochs():
+    trainer = tiny_trainer(epochs=3, scst_epochs=2, patience=0)
+    over = []
+    for trainer.epoch in range(4):
+        over.append(train.stage_is_over(trainer))
+    trainer.start_stage(critical=True)
+    for trainer.epoch in range(3, 6):
+        over.append(train.stage_is_over(trainer))
+    assert over == [False, False, False, True, False, False, True]
 
 
 @pytest.mark.slow

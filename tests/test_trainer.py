@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from dataset import Batch
 from decoder import DECODERS
 from trainer import Trainer
 from util.files import UserError
+from util.layers import Dropout
+from vocabulary import PAD
 
 
 def test_the_learning_rate_rises_then_falls_to_nothing():
@@ -76,6 +79,17 @@ def test_every_learning_parameter_is_in_one_group_and_vectors_do_not_decay():
             assert (group["weight_decay"] > 0) == (parameter.dim() > 1)
 
 
+@pytest.mark.parametrize(("trained", "cnn_lr"), [("last", 1e-5), ("all", 1e-3)])
+def test_a_cnn_that_is_finetuned_and_each_stage_have_rates_of_their_own(trained, cnn_lr):
+    trainer = tiny_trainer(lr=1e-3, cnn_lr=1e-5, scst_lr=1e-4)
+    trainer.model.encoder.trained = trained
+    for critical, scale in ((False, 1.0), (True, 0.1)):
+        trainer.start_stage(critical)
+        peaks = {p: g["peak"] for g in trainer.optimizer.param_groups for p in g["params"]}
+        assert {peaks[each] for each in trainer.model.encoder.parameters()} == {cnn_lr * scale}
+        assert {peaks[each] for each in trainer.model.decoder.parameters()} == {1e-3 * scale}
+
+
 def test_an_interrupted_epoch_goes_on_after_the_images_it_has_had_with_another_batch_size():
     first, second = tiny_trainer(batch_size=4), tiny_trainer(batch_size=8)
     first.batch = 5
@@ -95,6 +109,16 @@ def test_every_part_of_a_step_counts_by_its_words_whatever_parts_are_empty():
     for name, tensor in plain.trainable.items():
         torch.testing.assert_close(parted.trainable[name], tensor)
     assert parted.words == plain.words == 5
+
+
+def test_the_sums_of_an_interrupted_epoch_go_on():
+    first, second = tiny_trainer(scst_epochs=1), tiny_trainer(scst_epochs=1)
+    take_step(first, BATCH)
+    first.add_rewards(torch.tensor([[1.0, 2.0, 6.0]]))
+    second.load(first.state())
+    assert second.sums == {"rewarded": 9.0, "baselines": 9.0, "samples": 3}
+    assert second.total_sums() == first.total_sums() and second.nll > 0
+    assert second.epoch_row()["train_loss"] == first.epoch_row()["train_loss"]
 
 
 def test_a_state_of_another_version_is_named():
@@ -274,3 +298,102 @@ def test_no_number_of_the_optimiser_comes_from_the_file(state):
     loaded = load(strange)
     assert {group["betas"] for group in loaded.optimizer.param_groups} == {(0.9, 0.98)}
     assert {group["eps"] for group in loaded.optimizer.param_groups} == {1e-8}
+
+
+# --- the loop, a step or two of it
+
+
+def parts_of(batch: Batch) -> list[Batch]:
+    """Return a batch of two images with a caption each as two micro-batches of different length."""
+    parts = []
+    for row in range(2):
+        tokens = batch.tokens[row : row + 1]
+        tokens = tokens[:, : int((tokens != PAD).sum())]
+        images = batch.image_ids[row : row + 1], batch.inputs[row : row + 1]
+        parts.append(Batch(*images, tokens, torch.zeros(1, dtype=torch.long)))
+    return parts
+
+
+def test_steps_are_those_of_a_plain_loop():
+    """Of PyTorch as tutorials have it: also from micro-batches, for which BatchNorm is fixed."""
+    flags = {"lr": 0.01, "warmup": 0.02, "weight_decay": 0.0, "label_smoothing": 0.0}
+    trainer = tiny_trainer(amp=False, grad_clip=0.5, epochs=1, ema=0.0, **flags)
+    trainer.model.encoder.eval()
+    trainer.model.encoder.train = lambda mode=True: trainer.model.encoder
+    model = copy.deepcopy(trainer.model)
+    plain = torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.98), weight_decay=0.0)
+    for rate in (0.005, 0.01, 0.01):
+        plain.zero_grad()
+        logits = model(*BATCH[1:]).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), BATCH.tokens[:, 1:].flatten(), ignore_index=PAD
+        )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        plain.param_groups[0]["lr"] = rate
+        plain.step()
+    for _ in range(3):
+        take_step(trainer, *parts_of(BATCH))
+    # Not the weights: the bias of the keys changes nothing, so its gradient is rounding errors.
+    found = trainer.model(*BATCH[1:]).logits
+    torch.testing.assert_close(found, model(*BATCH[1:]).logits, atol=1e-3, rtol=1e-3)
+    assert trainer.step_number == trainer.batch == 3 and trainer.words == 15
+
+
+def test_the_loss_of_an_epoch_is_the_mean_over_all_its_words():
+    trainer = tiny_trainer(amp=False, lr=1e-12)
+    take_step(trainer, BATCH)
+    once = float(trainer.nll)
+    take_step(trainer, BATCH, BATCH)
+    assert float(trainer.nll) == pytest.approx(3 * once, rel=1e-4)
+    assert trainer.epoch_row()["train_loss"] == pytest.approx(once / 5, rel=1e-4)
+
+
+def test_dropout_depends_on_the_seed_and_the_step_alone():
+    def train(seed: int, before: int) -> torch.Tensor:
+        trainer = tiny_trainer(seed=seed, warmup=0.0)
+        for part in trainer.model.modules():
+            if isinstance(part, Dropout):
+                part.p = 0.5
+        torch.manual_seed(before)
+        take_step(trainer, BATCH)
+        return trainer.model.decoder.embedding.weight.detach().clone()
+
+    first = train(seed=1, before=5)
+    assert torch.equal(first, train(seed=1, before=6))
+    assert not torch.equal(first, train(seed=2, before=5))
+
+
+def test_gradients_are_a_sum_over_processes_taken_with_the_last_part(monkeypatch):
+    """DistributedDataParallel, which is not there, takes the mean of two processes' gradients."""
+    trainers, waited = (tiny_trainer(amp=False, grad_clip=0.0) for _ in range(2)), []
+    alone, of_two = trainers
+    parts = [BATCH._replace(image_ids=[]) for _ in range(3)]
+    take_step(alone, *parts)
+
+    @contextlib.contextmanager
+    def no_sync():
+        waited.append(of_two.nll.item())
+        yield
+
+    of_two.model.no_sync = no_sync
+    monkeypatch.setattr("util.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("util.distributed.all_reduce_sum", list)
+    take_step(of_two, *parts)
+    assert len(waited) == 2 and waited[0] == 0 < waited[1] < of_two.nll
+    for one, other in zip(alone.model.parameters(), of_two.model.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, 2 * one.grad)
+
+
+def test_a_loss_that_is_no_number_is_noticed_in_any_part_and_without_clipping():
+    trainer = tiny_trainer(grad_clip=0.0)
+    take_step(trainer, BATCH._replace(inputs=BATCH.inputs * math.nan), BATCH)
+    with pytest.raises(UserError, match="the loss became nan at step 1 .*images one, two"):
+        trainer.check_finite()
+
+
+def test_a_gradient_that_is_no_number_is_noticed_where_the_loss_is_one():
+    trainer = tiny_trainer()
+    trainer.watch([BATCH], torch.tensor([1.0, math.inf]))
+    with pytest.raises(UserError, match="the gradient became inf at step 1 "):
+        trainer.check_finite()
