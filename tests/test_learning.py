@@ -10,11 +10,12 @@ import train
 from util import files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fraction", "share"),
     [
         ("0.3", 0.4),  # a third of the images: 0.57 measured, and chance is near 0
-        pytest.param("1", 0.95, marks=pytest.mark.slow),  # the README's command
+        ("1", 0.95),  # the README's command
     ],
 )
 def test_captions_of_unseen_drawings_are_true(fraction, share, tmp_path, capsys):

@@ -94,6 +94,7 @@ def test_two_processes_write_what_one_writes(photos, run, script, tmp_path):
     assert not results.find_parts(two)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_from_the_parts_of_three(photos, run, script, tmp_path):
     (photos / "05.png").unlink()
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"

@@ -189,6 +189,7 @@ def resnet(drawn, tmp_path_factory) -> list[str]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_killed_or_stopped_anywhere_ends_with_the_weights_of_one_left_alone(resnet, tmp_path):
     killed = [(phase, signal.SIGKILL) for phase in ("checkpoint", "critical")]
     stopped = [("step", signal.SIGINT)]
