@@ -55,6 +55,7 @@ def test_two_processes_tell_each_other_and_only_the_first_speaks(tmp_path):
     assert first == second == {"shared": "of 0", "on_main": 0, "total": [2.0, 1.0], "world": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
 def test_no_thread_of_the_group_outlives_it(tmp_path):
     """One that does may ask for Python's lock when Python is gone, which aborts the process."""

@@ -143,6 +143,7 @@ def test_two_processes_draw_captions_of_their_own_and_share_the_reward(drawn, tm
     assert rows[1]["baseline"] == pytest.approx(rows[1]["reward"])  # of all samples, each once
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one(alone, drawn, tmp_path):
     flags = ["--checkpoint", alone, "--dataset", "shapes", "--data-dir", drawn, "--no-java"]
     flags += ["--limit", "7", "--json"]  # an odd number: their shares differ
