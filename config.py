@@ -23,7 +23,7 @@ from util import distributed, files
 from util.checkpoints import is_run_config
 from util.files import IDENTITY, UserError
 from util.tars import check_allowed, is_command
-from util.threads import MOST_THREADS, default_workers
+from util.threads import MAX_THREADS, MAX_WORKERS, default_workers
 
 # Known models. The classics take images of the backbone's own size (img_size None), in one view.
 CLASSIC = {"img_size": None, "views": 1}
@@ -332,7 +332,6 @@ AT_LEAST = {
 }  # fmt: skip
 AT_LEAST_0 = ("scst_bleu", "grad_clip", "weight_decay", "attention_penalty")
 SHARES = ("warmup", "label_smoothing", "ema")
-MOST_WORKERS = 1024
 HIGHEST_LR = 1000.0  # training diverges long before; AdamW fails where lr is no float32
 
 
@@ -350,9 +349,9 @@ def validate(config: Config) -> None:
             check(name, value < 2**31, "below 2^31")
     for name, least in AT_LEAST.items():
         check(name, values[name] is None or values[name] >= least, f"at least {least}")
-    check("workers", values["workers"] <= MOST_WORKERS, f"at most {MOST_WORKERS:,}")
+    check("workers", values["workers"] <= MAX_WORKERS, f"at most {MAX_WORKERS:,}")
     check("seed", -(2**63) <= values["seed"] < 2**63, "a number of 64 bits")
-    check("threads", (values["threads"] or 1) <= MOST_THREADS, f"at most {MOST_THREADS:,}")
+    check("threads", (values["threads"] or 1) <= MAX_THREADS, f"at most {MAX_THREADS:,}")
     for name in AT_LEAST_0:
         finite = name == "grad_clip" or values[name] < math.inf
         check(name, values[name] >= 0 and finite, "at least 0 and finite")

@@ -40,7 +40,7 @@ from util.tars import check_allowed
 
 log = logging.getLogger(__name__)
 
-MOST_IMAGES, MOST_WORKERS = 2**20, 1024
+MAX_IMAGES = 2**20
 EXAMPLE_ROW = '{"image_id": …, "caption": "…"}'
 SHOWN = 24  # captions on the report's page, of the best and of the worst
 THUMBNAIL = (480, 360)  # pixels, for screens that draw two for each of a page's
@@ -356,7 +356,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value} must be at least {least}")
-        for name, most in (("batch_size", MOST_IMAGES), ("workers", MOST_WORKERS)):
+        for name, most in (("batch_size", MAX_IMAGES), ("workers", threads.MAX_WORKERS)):
             if getattr(self, name) > most:
                 flag = f"--{name.replace('_', '-')}"
                 raise UserError(f"{flag} {getattr(self, name)} must be at most {most:,}")

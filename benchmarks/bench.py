@@ -14,11 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import rows as benchmarks  # noqa: E402
-from machine import Machine  # noqa: E402
+from machine import Machine, choose_rows  # noqa: E402
 
 from util import files  # noqa: E402
 from util.distributed import pick_device  # noqa: E402
-from util.files import UserError  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -70,13 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         Config, argv, program="bench.py", description="Compare speeds with the usual way."
     )
     files.check_writable(config.json)
-    chosen = {
-        name: measure
-        for name, measure in ROWS.items()
-        if not config.rows or any(word in name for word in config.rows)
-    }
-    if not chosen:
-        raise UserError(f"no row is called {config.rows}; choose from {', '.join(ROWS)}")
+    chosen = choose_rows(ROWS, config.rows)
     machine = Machine(pick_device(config.device), config.repeats)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from util.files import UserError
+
 
 class Seconds(NamedTuple):
     """Median seconds of a side: by the clock, and on the processor, all threads together."""
@@ -60,6 +62,21 @@ def get_processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def choose_rows(table: dict[str, Any], words: tuple[str, ...]) -> dict[str, Any]:
+    """Return the rows of `table` whose name contains one of the `words`, or all if there are none.
+
+    Raises UserError if there is no such row.
+    """
+    chosen = {
+        name: measure
+        for name, measure in table.items()
+        if not words or any(word in name for word in words)
+    }
+    if not chosen:
+        raise UserError(f"no row is called {words}; choose from {', '.join(table)}")
+    return chosen
 
 
 def rate_row(name: str, unit: str, usual: float, ours: float, target: float) -> dict[str, Any]:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from util import threads  # noqa: E402, I001
 
 import peer_rows  # noqa: E402
-from machine import Machine, Seconds  # noqa: E402
+from machine import Machine, Seconds, choose_rows  # noqa: E402
 from peer_rows import Bench, Row, is_installed  # noqa: E402
 
 from inference import SHIPPED  # noqa: E402
@@ -111,13 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         Config, argv, program="peers.py", description="Compare speeds with other programs."
     )
     files.check_writable(config.json)
-    chosen = {
-        name: measure
-        for name, measure in ROWS.items()
-        if not config.rows or any(word in name for word in config.rows)
-    }
-    if not chosen:
-        raise UserError(f"no row is called {config.rows}; choose from {', '.join(ROWS)}")
+    chosen = choose_rows(ROWS, config.rows)
     threads.set_up_process(config.threads)
     rows: list[dict[str, Any]] = []
     left_out: dict[str, list[str]] = {}

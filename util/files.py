@@ -279,8 +279,8 @@ def read_json(path: str | Path) -> Any:
 
 
 def digest(path: str | Path) -> str:
-    """Return the BLAKE2 digest of a file's content, as text."""
-    found = hashlib.blake2b(digest_size=16)
+    """Return the SHA-256 of a file's content, in hex digits."""
+    found = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
             found.update(block)

@@ -7,13 +7,13 @@ change. Where they differ, as in a copy of a folder, the digests decide.
 """
 
 import contextlib
-import hashlib
 import os
 import stat
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from util import files
 from util.threads import default_workers
 
 
@@ -26,14 +26,10 @@ def read_source(path: Path) -> str:
 
 def digest_file(path: Path) -> str:
     """Return 16 digits of a file's SHA-256, empty if it can't be read."""
-    checksum = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while part := file.read(2**20):
-                checksum.update(part)
+        return files.digest(path)[:16]
     except OSError:
         return ""
-    return checksum.hexdigest()[:16]
 
 
 def read_times(path: Path) -> str:

@@ -19,7 +19,8 @@ from util.files import UserError
 log = logging.getLogger(__name__)
 
 WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-MOST_THREADS, MOST_WORKERS = 1024, 4
+MAX_THREADS, MAX_WORKERS = 1024, 1024  # of --threads and --workers
+DEFAULT_WORKERS = 4  # at most, on machines with more CPUs
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h, both in bytes
 OVERLOAD = 1.5  # processes that want to run, per CPU, from which on a line says so
 
@@ -90,7 +91,7 @@ def read_numbers(*paths: Path) -> float:
 def default_workers() -> int:
     """Return how many workers should read images: one for each CPU of this process, at most 4."""
     share = count_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun's processes
-    return max(1, min(MOST_WORKERS, share))
+    return max(1, min(DEFAULT_WORKERS, share))
 
 
 def set_up_process(count: int | None) -> None:
@@ -102,8 +103,8 @@ def set_up_process(count: int | None) -> None:
     import torch
 
     if count is not None:
-        if not 1 <= count <= MOST_THREADS:
-            raise UserError(f"--threads {count} must be between 1 and {MOST_THREADS:,}")
+        if not 1 <= count <= MAX_THREADS:
+            raise UserError(f"--threads {count} must be between 1 and {MAX_THREADS:,}")
         torch.set_num_threads(count)
     keep_freed_memory()
 

@@ -468,11 +468,14 @@ FEATURES = (
         ("only sizes are compared", 'source.rpartition(" ")[0] != read_times(path)',
          'source.split()[:1] != read_times(path).split()[:1]'),
         ("a time that was restored hides a change", " {about.st_ctime_ns} ", " 0 "),
-        ("only the first megabyte counts", "while part := file.read(2**20)",
-         "if part := file.read(2**20)"),
         ("a copied folder counts as changed",
          'one.rpartition(" ")[2] == other.rpartition(" ")[2]', "one == other"),
         ("a file that can't be read loses its source", "found or sources[row]", "found"),
+    ),
+    *rows(
+        "util/files.py", FEATURE_TESTS,
+        ("only the first megabyte counts", "while block := file.read(2**20)",
+         "if block := file.read(2**20)"),
     ),
 )
 # fmt: on
