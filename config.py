@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import tyro
+
 from decoder import DecoderConfig
 from encoder import BACKBONES, EncoderConfig
 from losses import OBJECTIVES
@@ -80,6 +82,10 @@ class DataConfig:
     allow_commands: bool = False
     """Let --data-dir pipe:COMMAND run its command. A resumed run needs both flags again: the
     command in a config.json may be a stranger's."""
+    also: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """KIND:DIR, another dataset to train on in the same run, as in --also coco:data/coco; may be
+    given several times. The batches mix all datasets, each is validated alone, and the best epoch
+    is that of the highest mean CIDEr."""
     split_seed: int = field(default=0, metadata=IDENTITY)
     """Seed of the split where the dataset has none of its own."""
     train_fraction: float = field(default=1.0, metadata=IDENTITY)
@@ -190,6 +196,8 @@ def unflatten(values: dict[str, Any]) -> Config:
         for name, value in known.items():
             if types[name] in (Path, Path | None) and value is not None:
                 known[name] = Path(value)
+            elif get_origin(types[name]) is tuple:
+                known[name] = tuple(value)
         groups[group.name] = group.type(**known)
     return Config(**groups)
 
@@ -199,7 +207,9 @@ def configure(argv: list[str] | None) -> Config:
     chosen = read_selectors(argv)
     stored = read_run(chosen) if chosen.resume else {}
     model = read_sizes(Path(chosen.init_from)) if chosen.init_from and not stored else {}
-    defaults = unflatten(default_values(chosen) | model | stored)
+    # Given again, as for folders that have moved, --also replaces the run's own.
+    own = {"also": ()} if chosen.also else {}
+    defaults = unflatten(default_values(chosen) | model | stored | own)
     config = files.parse(
         Config, argv, program="train.py", default=defaults,
         description="Train an image captioner; --dataset shapes needs no download. The defaults "
@@ -215,7 +225,7 @@ def configure(argv: list[str] | None) -> Config:
 def read_selectors(argv: list[str] | None) -> argparse.Namespace:
     """Return the flags that decide what the defaults of the others are; nothing is checked yet."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("preset", "dataset", "data-dir", "cnn-backbone", "output", "init-from"):
+    for name in ("preset", "dataset", "data-dir", "also", "cnn-backbone", "output", "init-from"):
         names = dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"])
         parser.add_argument(*names, nargs="?")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=False)
@@ -281,6 +291,8 @@ def fits(value: Any, kind: Any) -> bool:
     """Return whether a value of a JSON file may be that of a field with the type hint `kind`."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
+    if get_origin(kind) is tuple:  # tuple[X, ...]
+        return isinstance(value, (list, tuple)) and all(fits(v, get_args(kind)[0]) for v in value)
     if options := get_args(kind):  # X | None
         return any(fits(value, each) for each in options)
     if kind in (str, Path):  # --help prints it
@@ -319,6 +331,25 @@ def check_same(config: Config, run: Config | None, model: dict[str, Any]) -> Non
                 f"{flag(name)} {now[name]} differs from the run's {then[name]}; a resumed run "
                 "keeps it, start a new one with another --output"
             )
+    kinds = [[parse_also(each)[0] for each in flags["also"]] for flags in (now, then)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"--also names {', '.join(kinds[0])}, but the run has {', '.join(kinds[1]) or 'none'}; "
+            "a resumed run keeps its datasets, start a new one with another --output"
+        )
+
+
+def parse_also(text: str) -> tuple[str, str]:
+    """Return the kind and the folder that `--also KIND:DIR` names."""
+    kind, colon, folder = text.partition(":")
+    kinds = [name for name in DATASETS if name != "shards"]
+    if kind not in kinds or not folder:
+        reason = "shards are streamed, and only alone" if kind == "shards" and colon else "no such"
+        raise UserError(
+            f"--also {text} must be KIND:DIR, as in --also coco:data/coco ({reason}); the kinds "
+            f"are {', '.join(kinds)}"
+        )
+    return kind, folder
 
 
 def flag(name: str) -> str:
@@ -364,6 +395,10 @@ def validate(config: Config) -> None:
     if folder and files.identify(folder) == files.identify(config.data.data_dir or ""):
         raise UserError(f"--output {folder} is the folder of the dataset; name another folder")
     check_allowed(config.data.data_dir, config.data.allow_commands)
+    for each in config.data.also:
+        parse_also(each)
+    if config.data.also and config.data.dataset == "shards":
+        raise UserError("--also does not go with --dataset shards, which are streamed alone")
     train = config.train
     if train.scst_epochs and train.cnn_lr * train.scst_lr / train.lr > HIGHEST_LR:
         raise UserError(

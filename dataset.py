@@ -166,6 +166,7 @@ def get_loader(
     batch_size: int,
     *,
     shuffle: bool = False,
+    sizes: Sequence[int] | None = None,
     seed: int = 0,
     epoch: int = 0,
     skip: int = 0,
@@ -176,17 +177,19 @@ def get_loader(
 ) -> DataLoader:
     """Return a loader of one epoch's `Batch`es.
 
-    With `shuffle` the order of the images depends on (seed, epoch) alone. A step's batch has
-    `batch_size` images over all `world` processes; the epoch's last one may have fewer. The loader
-    gives each process its share (`rank`), in `accumulate` micro-batches, of which some are empty
-    where there are too few images: all processes get the same number. `skip` leaves out the
-    first steps, to continue an interrupted epoch.
+    With `shuffle` the order of the images depends on (seed, epoch) alone. `sizes`: the records are
+    those of several datasets, one after the other; each is spread evenly over the epoch.
+
+    A step's batch has `batch_size` images over all `world` processes; the epoch's last one may have
+    fewer. The loader gives each process its share (`rank`), in `accumulate` micro-batches, of which
+    some are empty where there are too few images: all processes get the same number. `skip` leaves
+    out the first steps, to continue an interrupted epoch.
     """
     if batch_size < 1:
         raise UserError(f"batch size {batch_size} must be at least 1")
     order = torch.arange(len(dataset))
     if shuffle:
-        order = torch.randperm(len(dataset), generator=seeded_generator(seed, epoch))
+        order = mix_evenly(sizes or [len(dataset)], seeded_generator(seed, epoch))
     batches = []
     for start in range(skip * batch_size, len(dataset), batch_size):
         share = order[start : start + batch_size][rank::world].tolist()
@@ -198,6 +201,19 @@ def get_loader(
         num_workers=min(workers, len(batches)),
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def mix_evenly(sizes: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Return a random order of datasets that lie one after the other, of `sizes` images each.
+
+    Any part of the order has each dataset's share of it, to within one image.
+    """
+    places, rows, start = [], [], 0
+    for size in sizes:
+        rows.append(start + torch.randperm(size, generator=generator))
+        places.append((torch.arange(size, dtype=torch.float64) + 0.5) / size)
+        start += size
+    return torch.cat(rows)[torch.cat(places).argsort(stable=True)]
 
 
 class Loader(DataLoader):

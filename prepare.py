@@ -1,4 +1,4 @@
-"""What a run trains, and on what: records, words, the model to start from, cached features.
+"""What a run trains, and on what: words, the model to start from, cached features, batches.
 
 B images · S image positions · C backbone channels
 """
@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from config import Config, flatten
+from config import Config, flatten, parse_also
+from corpora import Corpus, join_train
 from dataset import CaptionDataset, describe_changes, digest_records, get_loader, stream_loader
 from encoder import Encoder, build_encoder, image_transform
-from features import FeatureCache, cached_features
+from features import cached_features
 from inference import SHIPPED
 from model import CaptionModel, add_rows, read_metadata
-from readers import Record, data_folder, keep_readable, list_shards, load_splits
-from shards import SPLITS
+from readers import Record, data_folder, keep_readable
 from trainer import Trainer
 from util import distributed, files
 from util.distributed import pick_device
@@ -30,30 +31,7 @@ log = logging.getLogger(__name__)
 # (the caption "a man" for each), 0.27 from 300, 0.42 from 1,000. From 36, "in in the the the".
 FEW_IMAGES = 1000
 
-Records = dict[str, Sequence[Record]]  # by split
-Caches = dict[str, FeatureCache]
-
-
-# --- records
-
-
-def load_data(config: Config) -> Records:
-    """Return the records of each split that the dataset has; the train split is required."""
-    data = config.data
-    where = (data.dataset, data.data_dir, data.split_seed, data.cache_dir)
-    if data.dataset == "shards":
-        if data.views > 1:
-            raise UserError(
-                f"--views {data.views} is for a feature cache, and shards are read without one"
-            )
-        root = data_folder(data.dataset, data.data_dir)
-        train = list_shards(root, "train", data.cache_dir)  # images are streamed
-        splits = {"train": train} | load_splits(*where, splits=("val", "test"))
-    else:
-        splits = load_splits(*where, required=("train",))
-    n_train = max(1, round(data.train_fraction * len(splits["train"])))
-    splits["train"] = splits["train"][:n_train]
-    return {split: records[: data.limit] for split, records in splits.items()}
+# --- the images
 
 
 def warn_of_few_images(config: Config, count: int) -> None:
@@ -71,9 +49,10 @@ def warn_of_few_images(config: Config, count: int) -> None:
         )  # fmt: skip
 
 
-def load_epoch(trainer: Trainer, config: Config, records: Sequence[Record], cache: Any) -> Any:
+def load_epoch(trainer: Trainer, config: Config, corpora: Sequence[Corpus]) -> Any:
     """Return the loader of this epoch's micro-batches, from where an interrupted epoch stopped."""
     model, data = trainer.model, config.data
+    records, cache = join_train(corpora)
     augment = data.augment and model.encoder.trained != "none"
     transform = image_transform(model.img_size, train=augment)
     dataset = CaptionDataset(
@@ -93,7 +72,8 @@ def load_epoch(trainer: Trainer, config: Config, records: Sequence[Record], cach
     if data.dataset == "shards":
         root = data_folder("shards", data.data_dir)
         return stream_loader(dataset, root, config.train.batch_size, **options)
-    return get_loader(dataset, config.train.batch_size, shuffle=True, **options)
+    sizes = [len(corpus.records["train"]) for corpus in corpora]
+    return get_loader(dataset, config.train.batch_size, shuffle=True, sizes=sizes, **options)
 
 
 # --- the words
@@ -151,16 +131,25 @@ def read_vocabulary(
     return vocabulary
 
 
+def digest_corpora(corpora: Sequence[Corpus]) -> dict[str, Tensor]:
+    """Return `dataset.digest_records` of each split of each dataset."""
+    return {
+        corpus.label(split): digest_records(records)
+        for corpus in corpora
+        for split, records in corpus.records.items()
+    }
+
+
 def warn_of_changes(
     trainer: Trainer, before: dict[str, Any] | None, records: Sequence[Record], config: Config
 ) -> None:
     """Log in one line what of the data is not as it was when the run was saved.
 
-    `before`: the digests of each split then, None in a state of an older version. `records`: the
-    train split now.
+    `before`: the digests of each split then, None in a state of an older version. `records`: those
+    trained on now.
     """
     changes, none = [], digest_records([])
-    for split in SPLITS if before is not None else ():
+    for split in dict.fromkeys([*before, *trainer.data]) if before is not None else ():
         now = trainer.data.get(split, none)
         if change := describe_changes(before.get(split, none), now):
             changes.append(f"{split} {change}")
@@ -181,11 +170,11 @@ def warn_of_changes(
 
 def build(
     config: Config,
-    records: Records,
+    corpora: Sequence[Corpus],
     init_model: CaptionModel | None,
     resumed: Vocabulary | None,
-) -> tuple[CaptionModel, Records, Caches]:
-    """Return the model on its device, the records whose image can be read, and cached features.
+) -> CaptionModel:
+    """Return the model on its device; give `corpora` their caches and leave out unreadable images.
 
     Features are cached where the CNN is frozen; images of shards are streamed. `init_model` is that
     of --init-from, `resumed` the vocabulary of a resumed run, whose weights are loaded later.
@@ -195,30 +184,36 @@ def build(
     encoder = make_encoder(config, init_model).to(device)
     vocabulary, shares = resumed, []
     if not resumed:
-        vocabulary, shares = choose_vocabulary(config, records["train"], init_model)
-    records, caches = dict(records), {}
-    for split, every in records.items():
-        if split == "train" and config.data.dataset == "shards":
-            continue
-        if encoder.trained != "none":
-            records[split] = keep_readable(every)
-            continue
-        # For val and test the same features as evaluate.py: one view, in full precision.
-        train = split == "train"
-        caches[split] = cache = cached_features(
-            every, encoder, config.encoder.img_size, config.data.cache_dir,
-            f"{config.data.dataset}-{split}", device=device, workers=config.data.workers,
-            amp=config.train.amp and train, views=config.data.views if train else 1,
-            rank=distributed.rank(), world=distributed.world_size(),
-        )  # fmt: skip
-        records[split] = [record for record in every if record.image_id in cache]
+        vocabulary, shares = choose_vocabulary(config, join_train(corpora)[0], init_model)
+    for corpus in corpora:
+        cache_features(config, corpus, encoder, device)
     # The decoder starts from the same weights, however many numbers the encoder has drawn.
     torch.manual_seed(config.train.seed)
     model = CaptionModel(encoder, config.decoder, vocabulary, config.encoder.img_size)
     if init_model and not resumed:
         model.load_state_dict(add_rows(init_model.state_dict(), model.state_dict(), shares))
     # The optimiser is built later, over parameters that are on their device already.
-    return model.to(device), records, caches
+    return model.to(device)
+
+
+def cache_features(config: Config, corpus: Corpus, encoder: Encoder, device: torch.device) -> None:
+    """Give a dataset the features of its splits, and leave out images that can't be read."""
+    for split, every in corpus.records.items():
+        if split == "train" and corpus.kind == "shards":
+            continue
+        if encoder.trained != "none":
+            corpus.records[split] = keep_readable(every)
+            continue
+        # For val and test the same features as evaluate.py: one view, in full precision.
+        train = split == "train"
+        cache = cached_features(
+            every, encoder, config.encoder.img_size, config.data.cache_dir,
+            f"{corpus.kind}-{split}", device=device, workers=config.data.workers,
+            amp=config.train.amp and train, views=config.data.views if train else 1,
+            rank=distributed.rank(), world=distributed.world_size(),
+        )  # fmt: skip
+        corpus.caches[split] = cache
+        corpus.records[split] = [record for record in every if record.image_id in cache]
 
 
 def make_encoder(config: Config, init_model: CaptionModel | None) -> Encoder:
@@ -273,6 +268,8 @@ def training_info(config: Config, source: Path | None) -> dict[str, Any]:
     own = ("data_dir", "allow_commands", "cache_dir", "output", "resume")
     for name in (*own, "device", "workers", "threads"):
         del flags[name]
+    also = [parse_also(each) for each in config.data.also]
+    flags["also"] = [f"{kind}:{Path(folder).name}" for kind, folder in also]
     if source:
         info = read_metadata(source).get("training")
         flags["init_from"] = info if source == config.train.init_from else info["init_from"]

@@ -22,19 +22,16 @@ import torch
 from tqdm import tqdm
 
 from config import Config, configure, flatten
-from dataset import digest_records
+from corpora import Corpus, join_train, load_corpora, mean_scores
 from decoding import DecodingConfig
 from evaluate import print_scores, score_split
-from features import FeatureCache
 from losses import Reward, sample_captions
 from model import CaptionModel
 from prepare import (
-    Caches,
-    Records,
     build,
     check_not_begun,
+    digest_corpora,
     init_checkpoint,
-    load_data,
     load_epoch,
     read_vocabulary,
     training_info,
@@ -115,10 +112,10 @@ def train(config: Config) -> dict[str, Any]:
     """Train, validate and save as the flags say; return the scores by split."""
     output, resume = config.train.output, config.train.resume
     with run_folder(output, config.data.dataset, resume=resume) as folder:
-        records = load_data(config)
+        corpora = load_corpora(config.data)
         if not resume:  # before hours of feature extraction, so that --resume can go on after them
             write_config(folder, config)
-            warn_of_few_images(config, len(records["train"]))
+            warn_of_few_images(config, sum(len(each.records["train"]) for each in corpora))
         state = load_state(folder) if resume else None
         if resume and not state:
             check_not_begun(folder)
@@ -128,27 +125,30 @@ def train(config: Config) -> dict[str, Any]:
             )
         source = init_checkpoint(config, folder, resumed=bool(state))
         init_model = CaptionModel.load(source) if source else None
-        resumed = read_vocabulary(config, records["train"], folder, state) if state else None
-        model, records, caches = build(config, records, init_model, resumed)
-        steps_per_epoch = math.ceil(len(records["train"]) / config.train.batch_size)
+        train_records, _ = join_train(corpora)
+        resumed = read_vocabulary(config, train_records, folder, state) if state else None
+        model = build(config, corpora, init_model, resumed)
+        train_records, _ = join_train(corpora)  # without images that can't be read
+        steps_per_epoch = math.ceil(len(train_records) / config.train.batch_size)
         trainer = Trainer(model, config.train, steps_per_epoch)
         trainer.training_info = training_info(config, source)
-        trainer.data = {split: digest_records(every) for split, every in records.items()}
+        trainer.data = digest_corpora(corpora)
         if config.train.scst_epochs:
-            trainer.reward = Reward(records["train"], model.vocabulary, config.train.scst_bleu)
+            trainer.reward = Reward(train_records, model.vocabulary, config.train.scst_bleu)
         if state:
             trainer.load(state)
-            warn_of_changes(trainer, state.get("data"), records["train"], config)
+            warn_of_changes(trainer, state.get("data"), train_records, config)
         if resume:
             write_config(folder, config)
-        print_start(config, model, records, folder)
+        print_start(config, model, corpora, folder)
         with Interrupts() as interrupts:
-            run = trainer, records, caches, folder, interrupts
+            run = trainer, corpora, folder, interrupts
             try:
-                if init_model and "val" in records and not (trainer.step_number or trainer.rows):
+                validates = any("val" in corpus.records for corpus in corpora)
+                if init_model and validates and not (trainer.step_number or trainer.rows):
                     finish_epoch(*run)  # epoch 0: the scores of the model that training starts from
                 while not stage_is_over(trainer) or start_self_critical(trainer, folder):
-                    run_epoch(trainer, config, records["train"], caches.get("train"), interrupts)
+                    run_epoch(trainer, config, corpora, interrupts)
                     finish_epoch(*run)
                 return finish(*run)
             except StoppedError:
@@ -202,14 +202,10 @@ def start_self_critical(trainer: Trainer, folder: Path) -> bool:
 
 
 def run_epoch(
-    trainer: Trainer,
-    config: Config,
-    records: Sequence[Record],
-    cache: FeatureCache | None,
-    interrupts: Interrupts,
+    trainer: Trainer, config: Config, corpora: Sequence[Corpus], interrupts: Interrupts
 ) -> None:
     """Train once on all training images, with a progress bar; stop between steps when asked to."""
-    loader, size = load_epoch(trainer, config, records, cache), config.train.accumulate
+    loader, size = load_epoch(trainer, config, corpora), config.train.accumulate
     steps = map(list, zip(*[iter(loader)] * size, strict=True))  # lists of `size` micro-batches
     name = "self-critical epoch" if trainer.critical else "epoch"
     last = trainer.first_epoch + trainer.stage_epochs
@@ -227,26 +223,19 @@ def run_epoch(
 
 
 def finish_epoch(
-    trainer: Trainer, records: Records, caches: Caches, folder: Path, interrupts: Interrupts
+    trainer: Trainer, corpora: Sequence[Corpus], folder: Path, interrupts: Interrupts
 ) -> None:
     """Validate, write the run's files, and set the counters for the next epoch."""
     row = trainer.epoch_row()
     with trainer.averaged_model() as model:
-        if "val" in records:
-            scores, captions = score_split(
-                model, records["val"], VALIDATION, caches.get("val"), interrupts.stop_between_alone
-            )
-            row |= {"val_loss": scores.pop("loss")} | {name: float(s) for name, s in scores.items()}
+        row |= validate(model, corpora, folder / "samples", row["epoch"], interrupts)
         row = distributed.broadcast(row)  # only the main process has the scores
-        if distributed.is_main():
-            if "val" in records:
-                path = folder / "samples" / f"epoch-{row['epoch']:02}.png"
-                write_samples(path, records["val"], captions)
-            # Chosen by the scores of freely generated captions: the loss, which knows only teacher
-            # forcing, may rise while captions still improve.
-            if row["CIDEr"] is None or row["CIDEr"] > trainer.best_score():
-                info = trainer.training_info
-                model.save(folder / "best.safetensors", scores=row, training=info)
+        # Chosen by the scores of freely generated captions: the loss, which knows only teacher
+        # forcing, may rise while captions still improve.
+        is_best = row["CIDEr"] is None or row["CIDEr"] > trainer.best_score()
+        if distributed.is_main() and is_best:
+            info = trainer.training_info
+            model.save(folder / "best.safetensors", scores=row, training=info)
     trainer.rows.append(row)
     trainer.epoch = row["epoch"]
     trainer.start_epoch()
@@ -258,29 +247,49 @@ def finish_epoch(
     print_row(row, trainer.device)
 
 
+def validate(
+    model: CaptionModel,
+    corpora: Sequence[Corpus],
+    pages: Path,
+    epoch: int,
+    interrupts: Interrupts,
+) -> dict[str, float]:
+    """Return the columns of metrics.csv that validation fills, and write a page for each dataset.
+
+    Of several datasets they are the mean, and then each dataset's own. On all but the main process
+    the loss is the only score.
+    """
+    scores = {}
+    for corpus in corpora:
+        if "val" in corpus.records:
+            own, captions = score_split(
+                model, corpus.records["val"], VALIDATION, corpus.caches.get("val"),
+                interrupts.stop_between_alone,
+            )  # fmt: skip
+            scores[corpus.name] = {"val_loss": own.pop("loss")}
+            scores[corpus.name] |= {name: float(value) for name, value in own.items()}
+            if distributed.is_main():
+                name = (
+                    f"epoch-{epoch:02}.png" if corpus.is_first else f"{corpus.name}-{epoch:02}.png"
+                )
+                write_samples(pages / name, corpus.records["val"], captions)
+    return mean_scores(scores)
+
+
 def finish(
-    trainer: Trainer, records: Records, caches: Caches, folder: Path, interrupts: Interrupts
+    trainer: Trainer, corpora: Sequence[Corpus], folder: Path, interrupts: Interrupts
 ) -> dict[str, Any]:
     """Score the best model on val and, once, on test; write scores.json and print the scores.
 
-    Returns them by split, on the main process.
+    Returns them by split, on the main process; those of a further dataset are at "NAME-SPLIT".
     """
     # The only time that the test split is used, after validation has chosen the model.
-    model, decoding = load_best(folder, trainer), DecodingConfig()
-    report: dict[str, Any] = {}
-    for split in ("val", "test"):
-        if split not in records:
-            continue
-        scores, captions = score_split(
-            model, records[split], decoding, caches.get(split), interrupts.stop_between_alone
-        )
-        report[split] = {**scores, "images": len(records[split]), "decoding": asdict(decoding)}
-        if distributed.is_main():
-            write_samples(folder / "samples" / f"{split}.png", records[split], captions)
-            print(f"{split}, {len(records[split])} images, beam {decoding.beam_size}")
-            print_scores(scores)
-            for image_id in list(captions)[:3]:
-                print(f"    {files.printable(f'{image_id}: {captions[image_id]}')}")
+    model, report = load_best(folder, trainer), {}
+    for corpus in corpora:
+        for split in ("val", "test"):
+            if split in corpus.records:
+                label = corpus.label(split)
+                report[label] = finish_split(model, corpus, split, folder, interrupts)
     if not distributed.is_main():
         return {}
     test_loss = report.get("test", {}).get("loss")
@@ -294,6 +303,23 @@ def finish(
         )
     print(f"caption an image: python inference.py IMAGE --checkpoint {files.printable(folder)}")
     return report
+
+
+def finish_split(
+    model: CaptionModel, corpus: Corpus, split: str, folder: Path, interrupts: Interrupts
+) -> dict[str, Any]:
+    """Return the entry of a split in scores.json; write its page and print its scores."""
+    records, decoding, label = corpus.records[split], DecodingConfig(), corpus.label(split)
+    scores, captions = score_split(
+        model, records, decoding, corpus.caches.get(split), interrupts.stop_between_alone
+    )
+    if distributed.is_main():
+        write_samples(folder / "samples" / f"{label}.png", records, captions)
+        print(files.printable(f"{label}, {len(records)} images, beam {decoding.beam_size}"))
+        print_scores(scores)
+        for image_id in list(captions)[:3]:
+            print(f"    {files.printable(f'{image_id}: {captions[image_id]}')}")
+    return {**scores, "images": len(records), "decoding": asdict(decoding)}
 
 
 # --- files and lines of a run
@@ -323,12 +349,16 @@ def write_samples(path: Path, records: Sequence[Record], captions: dict[Any, str
     plots.caption_page(path, items, title=path.stem)
 
 
-def print_start(config: Config, model: CaptionModel, records: Records, folder: Path) -> None:
+def print_start(
+    config: Config, model: CaptionModel, corpora: Sequence[Corpus], folder: Path
+) -> None:
     """Print what is about to be trained, and whether the machine has time for it."""
     threads.warn_of_overload()
     trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    images = ", ".join(f"{len(every)} {split}" for split, every in records.items())
-    print(f"{config.data.dataset}: {images} images, {len(model.vocabulary)} words")
+    for corpus in corpora:
+        images = ", ".join(f"{len(every)} {split}" for split, every in corpus.records.items())
+        words = f", {len(model.vocabulary)} words" if corpus is corpora[-1] else ""
+        print(f"{files.printable(corpus.name)}: {images} images{words}")
     print(
         f"{model.encoder.name} + {config.decoder.decoder}, {trainable / 1e6:.1f} million weights "
         f"to train, on {next(model.parameters()).device}; run folder {files.printable(folder)}",
@@ -347,7 +377,9 @@ def print_row(row: dict[str, Any], device: torch.device) -> None:
         parts.append(f"reward {row['reward']:.3f} (baseline {row['baseline']:.3f})")
     if row["val_loss"] is not None:
         parts.append(f"val loss {row['val_loss']:.3f}")
-        parts += [f"CIDEr {row['CIDEr']:.3f}", f"BLEU-4 {row['BLEU-4']:.3f}"]
+        own = [f"{name[6:]} {row[name]:.3f}" for name in row if name.startswith("CIDEr ")]
+        each = f" ({', '.join(own)})" if own else ""
+        parts += [f"CIDEr {row['CIDEr']:.3f}{each}", f"BLEU-4 {row['BLEU-4']:.3f}"]
         parts.append(f"bad endings {row['bad_endings']:.1%}, repeats {row['repeats']:.1%}")
     parts.append(f"{row['seconds']:.0f} s")
     if device.type == "cuda":
