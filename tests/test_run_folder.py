@@ -104,7 +104,7 @@ def test_a_run_holds_its_folder_from_the_reading_of_data_to_the_last_score(
 
         monkeypatch.setattr(train, name, watched)
 
-    for name in ("load_data", "build", "finish_epoch", "finish"):
+    for name in ("load_corpora", "build", "finish_epoch", "finish"):
         meanwhile(name)
     train.main(["--resume", "--output", str(run), "--epochs", "3"])
     assert refused == ["load_data", "build", "finish_epoch", "finish"]

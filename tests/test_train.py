@@ -21,6 +21,7 @@ from PIL import Image
 
 import train
 from config import PRESETS
+from corpora import Corpus
 from encoder import Encoder
 from model import CaptionModel, read_metadata
 from util.signals import Interrupts
@@ -298,7 +299,8 @@ def train_epochs(trainer, folder: Path, count: int) -> None:
     """Train epochs of a step each, and finish each as a run does."""
     for _ in range(count):
         take_step(trainer, BATCH)
-        train.finish_epoch(trainer, {"val": []}, {}, folder, Interrupts())
+        corpora = [Corpus("photos", "csv", {"val": []})]
+        train.finish_epoch(trainer, corpora, folder, Interrupts())
 
 
 def same_weights(found: dict, expected: dict) -> bool:
@@ -323,7 +325,7 @@ def test_the_best_model_begins_the_second_stage_and_is_scored_at_the_end(scored,
     values += [0.3, 0.1, 0.3]
     trainer = tiny_trainer(lr=0.01, warmup=0.0, scst_epochs=1)
     train_epochs(trainer, tmp_path, 2)
-    train.finish(trainer, {"test": []}, {}, tmp_path, Interrupts())
+    train.finish(trainer, [Corpus("photos", "csv", {"test": []})], tmp_path, Interrupts())
     assert same_weights(weights[2], weights[0]) and not same_weights(weights[2], weights[1])
     assert train.start_self_critical(trainer, tmp_path) and trainer.critical
     assert same_weights(trainer.model.state_dict(), weights[0])
