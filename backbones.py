@@ -162,6 +162,13 @@ def build_tiny(name: str = "tiny") -> nn.Sequential:
     return nn.Sequential(layers)
 
 
+def list_classes() -> list[str]:
+    """Return the names of ImageNet's 1,000 classes, in the order of a classifier's outputs."""
+    from torchvision.models import ResNet50_Weights  # slow to import
+
+    return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
+
+
 def list_published_weights(name: str) -> dict[str, Any]:
     """Return torchvision's weights of a model by their name."""
     import torchvision

@@ -411,3 +411,11 @@ def validate(config: Config) -> None:
         )
     config.encoder.validate()
     config.decoder.validate()
+    row = BACKBONES[config.encoder.cnn_backbone]
+    names_classes = row.classifier and config.encoder.cnn_weights != "none"
+    if config.decoder.tags and not names_classes and not train.init_from:
+        named = ", ".join(name for name, each in BACKBONES.items() if each.classifier)
+        raise UserError(
+            f"--tags {config.decoder.tags} needs a CNN that names ImageNet's classes, with weights "
+            f"(--cnn-weights); choose --cnn-backbone from {named}"
+        )

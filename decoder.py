@@ -1,7 +1,8 @@
 """The language side: everything learnable that turns an image's features into words.
 
 B images · S image positions · C backbone channels · D model width · T words · V vocabulary
-H heads · E = D/H · L layers · K beams · M captions in a batch · N words in a batch
+H heads · E = D/H · L layers · K beams (in memory: tags)
+M captions in a batch · N words in a batch
 
 Each decoder in `DECODERS` has four methods: `encode` (features to memory, once per image),
 `forward` (all words of given captions at once: teacher forcing), `start` and `step` (one word at a
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from decoding import State
+from tags import CLASSES, Tagger
 from util.files import IDENTITY, UserError
 from util.layers import (
     Dropout,
@@ -55,6 +57,9 @@ class DecoderConfig:
     """Fraction of activations dropped in training."""
     seq_len: int = field(default=30, metadata=IDENTITY)
     """Longest caption in words; longer ones are truncated."""
+    tags: int = field(default=0, metadata=IDENTITY)
+    """Names of so many ImageNet classes, those that the CNN finds most probable, are attended to
+    beside the image positions (0: none)."""
     tie_weights: bool = field(default=True, metadata=IDENTITY)
     """Share one matrix between word embedding and output layer (arXiv 1608.05859)."""
 
@@ -70,6 +75,8 @@ class DecoderConfig:
                 raise UserError(f"{flag} {value} must be >= 1")
             if value > MAX_SIZES.get(name, value):
                 raise UserError(f"{flag} {value} must be at most {MAX_SIZES[name]:,}")
+        if type(self.tags) is not int or not 0 <= self.tags <= CLASSES:
+            raise UserError(f"--tags {self.tags!r} must be a whole number from 0 to {CLASSES:,}")
         if self.d_model % self.n_head:
             raise UserError(f"--d-model {self.d_model} is not divisible by --n-head {self.n_head}")
         if not 0 <= self.dropout < 1:
@@ -80,7 +87,8 @@ class DecoderOutput(NamedTuple):
     """Result of teacher forcing.
 
     `logits` (M, T-1, V), zero at padding. `attention` (M, T-1, S): how much of its attention each
-    target paid to each image position, sums to 1, zero at padding; None if not computed.
+    target paid to each image position, zero at padding; None if not computed. It sums to 1, to less
+    where tags have the rest.
     """
 
     logits: Tensor
@@ -178,6 +186,13 @@ class Decoder(nn.Module):
         nn.init.normal_(self.embedding.weight, std=config.d_model**-0.5)
         self.untied = None if config.tie_weights else nn.Parameter(self.embedding.weight.clone())
         self.dropout = Dropout(config.dropout)
+        self.tagger = Tagger(config.tags, channels, config.d_model) if config.tags else None
+
+    def add_tags(self, memory: Tensor, features: Tensor) -> Tensor:
+        """Return memory (B, S + K, D): after the image positions the K tags, if there are any."""
+        if self.tagger is None:
+            return memory
+        return torch.cat([memory, self.tagger(features, self.embedding).to(memory.dtype)], 1)
 
     @property
     def output_weight(self) -> Tensor:
@@ -221,9 +236,10 @@ class Transformer(Decoder):
         self.norm = nn.LayerNorm(width)
 
     def encode(self, features: Tensor) -> Tensor:
-        """Return memory (B, S, D), the projected image, for features (B, S, C)."""
+        """Return memory (B, S + K, D), the projected image and tags, for features (B, S, C)."""
         self.check_features(features)
-        return self.dropout(self.norm_image(self.project(features)) + self.image_position)
+        memory = self.norm_image(self.project(features)) + self.image_position
+        return self.dropout(self.add_tags(memory, features))
 
     def embed(self, tokens: Tensor, position: Tensor | int) -> Tensor:
         """Return the first layer's input (..., D) for `tokens` (...) at `position` in the caption.
@@ -263,7 +279,8 @@ class Transformer(Decoder):
         logits = packed.by_caption.unpack(self.compute_logits(x))
         if maps is None:
             return DecoderOutput(logits)
-        return DecoderOutput(logits, packed.by_caption.unpack(torch.stack(maps).mean(0)))
+        attention_map = torch.stack(maps).mean(0)[:, : self.positions]
+        return DecoderOutput(logits, packed.by_caption.unpack(attention_map))
 
     def start(self, memory: Tensor) -> State:
         """Return the state before the first word, for memory (B, S, D).
@@ -307,9 +324,15 @@ class LSTM(Decoder):
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def encode(self, features: Tensor) -> Tensor:
-        """Return memory (B, 1, D) for features (B, S, C): their mean, linear, norm and ReLU."""
+        """Return memory (B, 1, D) for features (B, S, C): their mean, linear, norm and ReLU.
+
+        Plus the mean of the tags, where there are any.
+        """
         self.check_features(features)
-        return self.dropout(self.norm_image(self.project(features.mean(1, keepdim=True))).relu())
+        memory = self.norm_image(self.project(features.mean(1, keepdim=True))).relu()
+        if self.tagger is not None:
+            memory = memory + self.tagger(features, self.embedding).mean(1, keepdim=True)
+        return self.dropout(memory)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the LSTM's input (..., D) for `tokens` (...)."""
@@ -383,9 +406,9 @@ class AttentionLSTM(Decoder):
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def encode(self, features: Tensor) -> Tensor:
-        """Return memory (B, S, D), the projected image, for features (B, S, C)."""
+        """Return memory (B, S + K, D), the projected image and tags, for features (B, S, C)."""
         self.check_features(features)
-        return self.dropout(self.norm_image(self.project(features)))
+        return self.dropout(self.add_tags(self.norm_image(self.project(features)), features))
 
     def initial_state(self, memory: Tensor) -> tuple[Tensor, ...]:
         """Return h and c of each layer in turn, each (B, fc_dim), from the mean of the memory."""
@@ -457,7 +480,7 @@ class AttentionLSTM(Decoder):
         original_order = to_device(order.argsort(), memory.device)
         return DecoderOutput(
             grid.unpack(logits).transpose(0, 1)[original_order],
-            grid.unpack(weights).transpose(0, 1)[original_order],
+            grid.unpack(weights[:, : self.positions]).transpose(0, 1)[original_order],
         )
 
     def start(self, memory: Tensor) -> State:

@@ -63,15 +63,18 @@ class Backbone(NamedTuple):
     size_multiple: int = 1
     pretrained: bool = True  # torchvision has weights for it
     stride: int | None = None  # pixels per position, rounded up; None: only running it tells
+    classifier: str | None = None  # layer in the state dict that classifies the features' mean
 
 
 def _resnet(channels: int) -> Backbone:
-    return Backbone(channels, 224, ("layer3", "layer4"), build_resnet, stride=32)
+    return Backbone(channels, 224, ("layer3", "layer4"), build_resnet, stride=32, classifier="fc")
 
 
-def _features(channels: int, img_size: int, *last: int) -> Backbone:
+def _features(
+    channels: int, img_size: int, *last: int, classifier: str | None = "classifier.1"
+) -> Backbone:
     stages = tuple(f"features.{number}" for number in last)
-    return Backbone(channels, img_size, stages, stride=32)
+    return Backbone(channels, img_size, stages, stride=32, classifier=classifier)
 
 
 BACKBONES: dict[str, Backbone] = {
@@ -81,16 +84,19 @@ BACKBONES: dict[str, Backbone] = {
     "resnet101": _resnet(2048),
     "resnet152": _resnet(2048),
     "mobilenet_v2": _features(1280, 224, 14, 15, 16, 17, 18),
-    "mobilenet_v3_large": _features(960, 224, 13, 14, 15, 16),
+    "mobilenet_v3_large": _features(960, 224, 13, 14, 15, 16, classifier=None),
     "efficientnet_b0": _features(1280, 224, 6, 7, 8),
     "efficientnet_v2_s": _features(1280, 384, 6, 7),
     "convnext_tiny": Backbone(768, 224, ("features.6", "features.7")),
-    "googlenet": Backbone(1024, 224, ("inception5a", "inception5b"), build_inception),
+    "googlenet": Backbone(
+        1024, 224, ("inception5a", "inception5b"), build_inception, classifier="fc"
+    ),
     "inception_v3": Backbone(  # least size: its convolutions have no padding
-        2048, 299, ("Mixed_7a", "Mixed_7b", "Mixed_7c"), build_inception, least_size=75
+        2048, 299, ("Mixed_7a", "Mixed_7b", "Mixed_7c"), build_inception, least_size=75,
+        classifier="fc",
     ),
     # Swin's layer `permute` has turned (B, h, w, C) into a map.
-    "swin_t": Backbone(768, 224, ("features.6", "features.7", "norm")),
+    "swin_t": Backbone(768, 224, ("features.6", "features.7", "norm"), classifier="head"),
     "vit_b_16": Backbone(  # the first of its outputs is the class token's
         768, 224, ("encoder.layers.encoder_layer_10", "encoder.layers.encoder_layer_11",
         "encoder.ln"), ViT, to_sequence=lambda tokens: tokens[:, 1:], size_multiple=16,

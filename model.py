@@ -96,6 +96,7 @@ class CaptionModel(nn.Module):
         attention = self.decoder(memory, rows, owner, attention=True).attention
         if attention is None or side < 2 or side**2 != self.decoder.positions:
             return None
+        attention = attention / attention.sum(-1, keepdim=True).clamp(min=1e-12)
         return attention.view(batch, count, length, side, side)
 
     def trainable_state(self) -> Iterator[tuple[str, Tensor]]:
@@ -155,6 +156,8 @@ class CaptionModel(nn.Module):
             ) from error
         tensors = read_tensors(path, model.state_dict(), metadata, expected)
         model.load_state_dict(tensors, assign=True)
+        if model.decoder.tagger:
+            model.decoder.tagger.check(model.vocabulary, path)
         return model.to(device).to(memory_format=torch.channels_last).eval()
 
     @classmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 from config import Config, flatten, parse_also
 from corpora import Corpus, join_train
 from dataset import CaptionDataset, describe_changes, digest_records, get_loader, stream_loader
-from encoder import Encoder, build_encoder, image_transform
+from encoder import Encoder, build_encoder, get_backbone, image_transform, read_weights
 from features import cached_features
 from inference import SHIPPED
 from model import CaptionModel, add_rows, read_metadata
@@ -192,6 +192,12 @@ def build(
     model = CaptionModel(encoder, config.decoder, vocabulary, config.encoder.img_size)
     if init_model and not resumed:
         model.load_state_dict(add_rows(init_model.state_dict(), model.state_dict(), shares))
+    if tagger := model.decoder.tagger:
+        if not init_model and not resumed:
+            source, state = read_weights(encoder.name, config.encoder.cnn_weights)
+            tagger.set_classifier(state, get_backbone(encoder.name).classifier, source)
+        if not resumed:
+            tagger.set_names(vocabulary)
     # The optimiser is built later, over parameters that are on their device already.
     return model.to(device)
 

@@ -30,6 +30,8 @@ def build(name: str, seed: int = 0, **changes) -> nn.Module:
     with torch.no_grad():  # larger weights, so that a wrong word changes the result
         for parameter in decoder.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
+        if decoder.tagger:
+            decoder.tagger.names.random_(WORDS)
     return decoder.eval()
 
 
@@ -38,9 +40,9 @@ def name(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def decoder(name) -> nn.Module:
-    return build(name)
+@pytest.fixture(params=[0, 3], ids=["", "tags"])
+def decoder(name, request) -> nn.Module:
+    return build(name, tags=request.param)
 
 
 def features(count: int, seed: int = 1) -> Tensor:
@@ -170,7 +172,9 @@ def gradients(decoder, inputs, tokens, owner) -> dict[str, Tensor]:
     decoder.zero_grad()
     loss = cross_entropy(decoder(decoder.encode(inputs), tokens, owner).logits, tokens, 0.1)
     (loss.objective / loss.words).backward()
-    return {key: each.grad.clone() for key, each in decoder.named_parameters()}
+    return {
+        key: each.grad.clone() for key, each in decoder.named_parameters() if each.requires_grad
+    }
 
 
 @pytest.mark.parametrize("more", (1, 30))
