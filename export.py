@@ -28,7 +28,7 @@ class Config:
     """More checkpoints, of runs that began with the same weights: the mean of all is written (name
     one twice to count it twice)."""
     int8: bool = False
-    """Store the CNN's matrices of a .safetensors file as int8, with a scale per output channel:
+    """Store the CNN's large matrices of a .safetensors file as int8, a scale per output channel:
     three fifths of the size for ResNet-50. A few captions change; earlier versions of this project
     do not read the file."""
 
@@ -40,7 +40,7 @@ def write_half(model: CaptionModel, output: Path, training_info: dict[str, Any])
 
 
 def write_int8(model: CaptionModel, output: Path, training_info: dict[str, Any]) -> list[Path]:
-    """Write the model file as `write_half` does, but the CNN's matrices in int8."""
+    """Write the model file as `write_half` does, but the CNN's large matrices in int8."""
     model.save(output, int8=True, **training_info)
     return [output]
 
@@ -61,7 +61,7 @@ def export(
 ) -> list[Path]:
     """Write the model of a checkpoint in the form that the suffix of `output` names.
 
-    With `average` it is the mean of all the checkpoints; with `int8` the CNN's matrices of a
+    With `average` it is the mean of all the checkpoints; with `int8` the CNN's large matrices of a
     .safetensors file are in int8. Returns the files written; raises UserError where the suffix is
     not known, or has no int8, or a file would be lost that is not such a model.
     """

@@ -113,8 +113,8 @@ class CaptionModel(nn.Module):
         """Write weights, vocabulary and configuration to `path`, one safetensors file.
 
         With `half`, matrices are in float16 where its range (to 65,504) allows it; vectors, and
-        with them all of BatchNorm, stay in float32. With `int8`, moreover, the CNN's matrices are
-        in int8 with a scale per output channel. `metadata` (scores, how it was trained: JSON
+        with them all of BatchNorm, stay in float32. With `int8`, moreover, the CNN's large matrices
+        are in int8 with a scale per output channel. `metadata` (scores, how it was trained: JSON
         values) goes into the header too. The file loads on any device, as float32.
         """
         from safetensors.torch import save

@@ -160,14 +160,14 @@ def test_a_size_that_an_older_file_does_not_name_has_its_default(saved):
     assert older.config.dropout == DecoderConfig().dropout
 
 
-def test_int8_is_of_the_cnns_matrices_alone_and_is_loaded_as_float32(model, tmp_path):
+def test_int8_is_of_the_cnns_large_matrices_alone_and_is_loaded_as_float32(model, tmp_path):
     path = tmp_path / "small.safetensors"
     model.save(path, int8=True, scores={"CIDEr": 0.5})
     stored, loaded = load_file(path), CaptionModel.load(path)
     for name, before in model.state_dict().items():
         held, after = stored.pop(name), loaded.state_dict()[name]
         assert after.dtype == before.dtype
-        if name.startswith("encoder.") and before.dim() > 1:
+        if name in {f"encoder.cnn.conv{number}.weight" for number in (2, 3, 4)}:
             assert held.dtype == torch.int8
             assert torch.equal(after, dequantize(held, stored.pop(f"{name}_scale")))
             assert (after - before).abs().max() <= 0.004 * before.abs().max()
@@ -401,7 +401,7 @@ def test_weights_that_do_not_fit_their_header_are_named_in_a_few_words(saved, ch
     assert len(files.explain(error.value)) < 500 + len(str(saved))
 
 
-CONV = "encoder.cnn.conv0.weight"
+CONV = "encoder.cnn.conv4.weight"
 
 
 def store(name, change):

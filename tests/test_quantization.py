@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from util.quantization import dequantize, dequantize_state, quantize, quantize_state
+from util.quantization import (
+    choose_matrices,
+    dequantize,
+    dequantize_state,
+    quantize,
+    quantize_state,
+)
 
 
 def matrix(*shape: int) -> torch.Tensor:
@@ -68,6 +74,15 @@ def test_only_the_matrices_of_the_prefix_are_stored_as_int8():
             assert not torch.equal(back[name], tensor)
         else:
             assert torch.equal(back[name], tensor), name
+
+
+@pytest.mark.parametrize(("rows", "spared"), [((1, 2, 3, 90), 3), ((30, 1, 2), 1), ((5, 5), 0)])
+def test_the_smallest_matrices_up_to_a_sixteenth_of_the_weights_are_spared(rows, spared):
+    matrices = {f"{number}.weight": torch.ones(count, 4) for number, count in enumerate(rows)}
+    chosen = choose_matrices(matrices, "")
+    by_size = sorted(matrices, key=lambda name: len(matrices[name]))
+    assert chosen == by_size[spared:]
+    assert choose_matrices(matrices, "cnn.") == []
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.finfo(torch.float32).max])
