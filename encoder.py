@@ -36,6 +36,7 @@ from backbones import (
 )
 from util.files import IDENTITY, UserError
 from util.fusion import can_fuse, fuse_convolutions
+from util.quantization import dequantize_state
 from util.states import check_torch_file
 
 TRANSFORM = "squash-bilinear-imagenet"  # name of the evaluation transform in caches and model files
@@ -258,8 +259,8 @@ def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
     """Fill `cnn` from torchvision's named weights or a state-dict file, with or without classifier.
 
     Of a captioner's model file, whose CNN may be fine-tuned, the CNN is read. Raises UserError that
-    names the first entry which is missing, has another shape, holds infinity or NaN, or belongs to
-    a larger CNN.
+    names the first entry which is missing, has another shape or type, holds infinity or NaN, or
+    belongs to a larger CNN.
     """
     source, state = read_weights(name, weights)
     if any(key.startswith(CAPTIONER_PREFIX) for key in state):
@@ -268,6 +269,7 @@ def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
             for key, tensor in state.items()
             if key.startswith(CAPTIONER_PREFIX)
         }
+    state = dequantize_state(state, source)
     # Torchvision's published ViT weights name the layers of an MLP as its first version did.
     for old, new in ((".mlp.linear_1.", ".mlp.0."), (".mlp.linear_2.", ".mlp.3.")):
         state = {key.replace(old, new): tensor for key, tensor in state.items()}
@@ -281,6 +283,10 @@ def load_weights(cnn: nn.Module, name: str, weights: str | Path) -> None:
             raise UserError(
                 f"{source} does not fit {name}: {key} has shape {tuple(state[key].shape)}, "
                 f"expected {tuple(tensor.shape)}"
+            )
+        if tensor.is_floating_point() and not state[key].is_floating_point():
+            raise UserError(
+                f"{source} does not fit {name}: {key} holds {state[key].dtype}, expected floats"
             )
         if not state[key].isfinite().all():
             raise UserError(

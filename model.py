@@ -32,9 +32,11 @@ from encoder import (
 from util import files
 from util.files import UserError
 from util.layers import SkipInit
+from util.quantization import dequantize_state, quantize_state
 from vocabulary import START, UNK, Vocabulary
 
 FORMAT = "image-captioning 2"
+INT8_FORMAT = "image-captioning 3"  # the CNN's matrices may be int8, which earlier versions refuse
 MAX_HEADER = 10_000_000  # bytes: enough for half a million words
 
 
@@ -106,18 +108,21 @@ class CaptionModel(nn.Module):
             if key == name or self.encoder.is_trained(key):
                 yield name, tensor
 
-    def save(self, path: str | Path, *, half: bool = False, **metadata: Any) -> None:
+    def save(
+        self, path: str | Path, *, half: bool = False, int8: bool = False, **metadata: Any
+    ) -> None:
         """Write weights, vocabulary and configuration to `path`, one safetensors file.
 
         With `half`, matrices are in float16 where its range (to 65,504) allows it; vectors, and
-        with them all of BatchNorm, stay in float32. `metadata` (scores, how it was trained: JSON
-        values) goes into the header too. The file loads on any device.
+        with them all of BatchNorm, stay in float32. With `int8`, moreover, the CNN's large matrices
+        are in int8 with a scale per output channel. `metadata` (scores, how it was trained: JSON
+        values) goes into the header too. The file loads on any device, as float32.
         """
         from safetensors.torch import save
 
         metadata = {
             **metadata,
-            "format": FORMAT,
+            "format": INT8_FORMAT if int8 else FORMAT,
             "model": {
                 "cnn_backbone": self.encoder.name,
                 "cnn_trained": self.encoder.trained,
@@ -128,9 +133,12 @@ class CaptionModel(nn.Module):
             },
             "vocabulary": self.vocabulary.known,
         }
+        state = self.state_dict()
+        if int8:
+            state = quantize_state(state, CAPTIONER_PREFIX)
         tensors = {
-            name: (to_half(tensor) if half else tensor).contiguous()
-            for name, tensor in self.state_dict().items()
+            name: (to_half(tensor) if half or int8 else tensor).contiguous()
+            for name, tensor in state.items()
         }
         metadata["digest"] = digest(metadata, tensors)
         header = {key: to_json(value) for key, value in metadata.items()}
@@ -366,10 +374,11 @@ def read_header(path: str | Path) -> tuple[dict[str, Any], str | None]:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
         found = str(header.get("format"))[:60]
-        if found != json.dumps(FORMAT):  # another program's values need not be JSON
+        known = [json.dumps(each) for each in (FORMAT, INT8_FORMAT)]
+        if found not in known:  # another program's values need not be JSON
             raise UserError(
                 f"{path} is not a captioning model of this version: its header has the format "
-                f"{found}, expected {json.dumps(FORMAT)}; train it again, or use the version of "
+                f"{found}, expected {' or '.join(known)}; train it again, or use the version of "
                 "the project that wrote it"
             )
         metadata = {key: json.loads(value) for key, value in header.items()}
@@ -409,11 +418,13 @@ def read_tensors(
     """Return the tensors of a model file, with the types of those `expected`.
 
     Raises UserError where names or shapes differ from those expected, a tensor holds infinity or
-    NaN, or the file's digest is not the one `written` in its header.
+    NaN, int8 lacks its scales, or the file's digest is not the one `written` in its header.
     """
     from safetensors.torch import load_file
 
-    tensors = load_file(path)
+    stored = tensors = load_file(path)
+    if metadata["format"] == INT8_FORMAT:
+        tensors = dequantize_state(stored, path, CAPTIONER_PREFIX)
     missing, extra = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
     problem = ""
     if missing:
@@ -427,7 +438,7 @@ def read_tensors(
             break
     if problem:
         raise UserError(f"{path} has other weights than its header says: {problem}")
-    is_whole = written is None or written == digest(metadata, tensors)
+    is_whole = written is None or written == digest(metadata, stored)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() != expected[name].is_floating_point():
             raise UserError(f"{path} is damaged: {name} holds {tensor.dtype}")

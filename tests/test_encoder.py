@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from helpers.tiny import tiny_model
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -31,6 +32,7 @@ from encoder import (
     load_weights,
     prepare_encoder,
 )
+from model import CaptionModel
 
 PUBLISHED = [name for name, row in BACKBONES.items() if row.pretrained]
 RESNET18_FILE = "resnet18-f37072fd.pth"
@@ -441,6 +443,30 @@ def test_statistics_that_did_not_fit_into_float16_are_an_error(resnet18, tmp_pat
     torch.save({k: v.half() for k, v in state.items()}, tmp_path / "half.pth")
     with pytest.raises(ValueError, match=r"bn1\.running_var holds infinity or NaN"):
         build_encoder("resnet18", tmp_path / "half.pth")
+
+
+def test_the_cnn_of_a_captioner_with_int8_is_read(tmp_path):
+    path = tmp_path / "captioner.safetensors"
+    tiny_model().save(path, int8=True)
+    found, expected = build_encoder("tiny", path), CaptionModel.load(path).encoder
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state | {"fc.weight": state["fc.weight"].to(torch.int8)}, "fc.weight_scale"),
+        (lambda state: {k: v.to(torch.int8) for k, v in state.items()}, "weight_scale is missing"),
+        (lambda state: state | {"bn1.bias": torch.ones(64).byte()}, "bn1.bias holds torch.uint8"),
+        (lambda state: state | {"conv1.weight": state["conv1.weight"].int()}, "conv1.weight holds"),
+    ],
+)
+def test_integers_in_place_of_weights_are_refused(change, said, resnet18, tmp_path):
+    path = tmp_path / "cnn.safetensors"
+    save_file(change(resnet18.state_dict()), path)
+    with pytest.raises(ValueError, match=rf"cnn\.safetensors .*{said}"):
+        build_encoder("resnet18", path)
 
 
 @pytest.mark.parametrize("grid", [1, 2, 4, 6])

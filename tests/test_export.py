@@ -6,6 +6,7 @@ from helpers.tiny import METHODS, picture, run_script, tiny_model
 from safetensors.torch import load_file
 
 import export
+from encoder import image_transform
 from inference import Captioner
 from model import CaptionModel, read_metadata
 
@@ -44,8 +45,35 @@ def test_batchnorm_and_what_float16_cannot_hold_stay_in_float32(tmp_path):
     assert float(loaded.encoder.cnn.bn0.running_var[0]) == 83_614
 
 
-def test_scores_and_training_go_along(checkpoint, tmp_path):
-    export.export(checkpoint, tmp_path / "small.safetensors")
+def test_int8_is_smaller_still_and_gives_nearly_the_same_features(checkpoint, tmp_path, capsys):
+    half, small, mean = (tmp_path / f"{name}.safetensors" for name in ("half", "small", "mean"))
+    assert run_script(export, checkpoint, half, capsys=capsys)[0] == 0
+    assert run_script(export, checkpoint, small, "--int8", capsys=capsys)[0] == 0
+    kinds = {name: tensor.dtype for name, tensor in load_file(small).items()}
+    assert kinds["encoder.cnn.conv4.weight"] == torch.int8
+    assert kinds["encoder.cnn.conv0.weight"] == kinds["decoder.project.weight"] == torch.float16
+    assert small.stat().st_size < 0.75 * half.stat().st_size
+    transform = image_transform(64, train=False)
+    batch = torch.stack([transform(picture(seed)) for seed in range(4)])
+    with torch.no_grad():
+        before, after = (CaptionModel.load(each).encoder(batch) for each in (checkpoint, small))
+    assert (before - after).norm() < 0.02 * before.norm()
+    # Such a file can be exported and averaged like any other.
+    assert run_script(export, small, mean, "--average", small, "--int8", capsys=capsys)[0] == 0
+    first, second = (CaptionModel.load(each).state_dict() for each in (small, mean))
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_int8_is_refused_where_the_form_has_none(checkpoint, tmp_path, capsys):
+    output = tmp_path / "model.onnx"
+    code, _, error = run_script(export, checkpoint, output, "--int8", capsys=capsys)
+    assert code == 2 and "--int8 is for .safetensors files" in error and not output.exists()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_scores_and_training_go_along(int8, checkpoint, tmp_path):
+    export.export(checkpoint, tmp_path / "small.safetensors", int8=int8)
     about = read_metadata(tmp_path / "small.safetensors")
     assert about["scores"] == {"CIDEr": 0.5} and about["training"] == {"epochs": 3}
 

@@ -19,6 +19,7 @@ from encoder import BACKBONES, Encoder
 from losses import cross_entropy
 from model import CaptionModel, checkpoint_file, read_metadata
 from util import files
+from util.quantization import dequantize
 from vocabulary import END, PAD, START, Vocabulary
 
 KNOWN = ("a", "dog", "runs", "犬", "l'été", "grass", "on", "red", "ball")
@@ -157,6 +158,40 @@ def test_a_size_that_an_older_file_does_not_name_has_its_default(saved):
         rewritten(saved, lambda metadata, _: metadata["model"].pop("dropout"))
     )
     assert older.config.dropout == DecoderConfig().dropout
+
+
+def test_int8_is_of_the_cnns_large_matrices_alone_and_is_loaded_as_float32(model, tmp_path):
+    path = tmp_path / "small.safetensors"
+    model.save(path, int8=True, scores={"CIDEr": 0.5})
+    stored, loaded = load_file(path), CaptionModel.load(path)
+    for name, before in model.state_dict().items():
+        held, after = stored.pop(name), loaded.state_dict()[name]
+        assert after.dtype == before.dtype
+        if name in {f"encoder.cnn.conv{number}.weight" for number in (2, 3, 4)}:
+            assert held.dtype == torch.int8
+            assert torch.equal(after, dequantize(held, stored.pop(f"{name}_scale")))
+            assert (after - before).abs().max() <= 0.004 * before.abs().max()
+        else:
+            halved = before.dim() > 1
+            assert held.dtype == (torch.float16 if halved else before.dtype)
+            assert torch.equal(after, before.half().float() if halved else before)
+    assert not stored
+    assert read_metadata(path)["scores"] == {"CIDEr": 0.5}
+    assert (
+        torch.nn.functional.cosine_similarity(
+            loaded.encode(pixels()).flatten(), model.eval().encode(pixels()).flatten(), dim=0
+        )
+        > 0.99
+    )
+
+
+def test_only_a_file_with_int8_has_the_new_format(tmp_path):
+    path = tmp_path / "model.safetensors"
+    for form, number in [({}, 2), ({"half": True}, 2), ({"int8": True}, 3)]:
+        build().save(path, **form)
+        assert read_metadata(path)["format"] == f"image-captioning {number}"
+    CaptionModel.load(path).save(path)
+    assert read_metadata(path)["format"] == "image-captioning 2"
 
 
 def test_loading_never_unpickles(tmp_path):
@@ -316,7 +351,7 @@ def test_another_programs_safetensors_are_named(tmp_path, metadata):
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(3)}, path, metadata)
     with pytest.raises(
-        ValueError, match=r"is not a captioning model of this.*\"image-captioning 2\""
+        ValueError, match=r"is not a captioning model of this.*\"image-captioning 2\" or \"im.* 3"
     ):
         CaptionModel.load(path)
 
@@ -366,6 +401,53 @@ def test_weights_that_do_not_fit_their_header_are_named_in_a_few_words(saved, ch
     assert len(files.explain(error.value)) < 500 + len(str(saved))
 
 
+CONV = "encoder.cnn.conv4.weight"
+
+
+def store(name, change):
+    """Return a change of a file that replaces a tensor by `change(tensor)`, or drops it (None)."""
+
+    def changed(_, tensors):
+        made = change(tensors.pop(name))
+        tensors.update({} if made is None else {name: made})
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (store(f"{CONV}_scale", lambda _: None), f"damaged: {CONV}_scale is missing"),
+        (store(f"{CONV}_scale", lambda each: each * torch.nan), f"damaged: {CONV}_scale holds"),
+        (store(f"{CONV}_scale", lambda each: each + 3e38), f"damaged: {CONV} holds infinity"),
+        (store(CONV, lambda each: each.float()), f"unknown '{CONV}_scale'"),
+        (store(CONV, lambda each: each[:, :2].clone()), f"{CONV} has shape"),
+        (lambda metadata, _: metadata.update(format="image-captioning 2"), "unknown 'encoder.cnn."),
+    ],
+)
+def test_int8_with_odd_scales_is_one_line(saved, change, message):
+    build().save(saved, int8=True)
+    with pytest.raises(ValueError, match=rf"best\.safetensors .*{message}") as error:
+        CaptionModel.load(rewritten(saved, change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", ("decoder.project.weight", "encoder.cnn.bn0.weight", "encoder.cnn.bn0.running_var")
+)
+@pytest.mark.parametrize("scaled", [False, True])
+def test_int8_of_anything_else_is_refused(saved, name, scaled):
+    def change(_, tensors):
+        tensors[name] = tensors[name].to(torch.int8)
+        if scaled:
+            tensors[f"{name}_scale"] = torch.ones(len(tensors[name]))
+
+    build().save(saved, int8=True)
+    expected = f"unknown '{name}_scale'" if scaled else f"damaged: {name} holds torch.int8"
+    with pytest.raises(ValueError, match=rf"best\.safetensors .*{expected}"):
+        CaptionModel.load(rewritten(saved, change))
+
+
 def test_a_file_that_cannot_be_written_leaves_the_old_one(saved, monkeypatch):
     before = saved.read_bytes()
 
@@ -382,17 +464,18 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(saved, monkeypatch):
 # --- a file that has changed since it was written
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
+@pytest.fixture(scope="module", params=["float32", "half", "int8"])
+def kept(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("digest") / "model.safetensors"
-    tiny_model().save(path, scores={"CIDEr": 0.5}, training={"text": "é", "lr": float("inf")})
+    form = {} if request.param == "float32" else {request.param: True}
+    training = {"text": "é", "lr": float("inf")}
+    tiny_model().save(path, **form, scores={"CIDEr": 0.5}, training=training)
     return path.read_bytes()
 
 
-@pytest.mark.parametrize("half", [False, True])
-def test_a_model_file_that_is_as_it_was_written_is_loaded(half, tmp_path):
+def test_a_model_file_that_is_as_it_was_written_is_loaded(kept, tmp_path):
     path = tmp_path / "model.safetensors"
-    tiny_model().save(path, half=half)
+    path.write_bytes(kept)
     CaptionModel.load(path)
     assert "digest" not in read_metadata(path)  # it is of the file, not of the model
 

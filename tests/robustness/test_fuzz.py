@@ -155,10 +155,10 @@ ANNOTATIONS: dict[str, tuple[bytes, Callable[[Path], object]]] = {
 
 
 @cache
-def model_file(folder: Path) -> tuple[dict, bytes]:
+def model_file(folder: Path, int8: bool) -> tuple[dict, bytes]:
     """Return the header and the tensors of a model file."""
     path = folder / "whole.safetensors"
-    tiny_model(decoder="lstm").save(path)
+    tiny_model(decoder="lstm").save(path, int8=int8)
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
     return json.loads(content[8 : 8 + length]), content[8 + length :]
@@ -214,7 +214,7 @@ def damaged(kind: str, number: int) -> tuple[str, bytes]:
 def damaged_model(number: int, folder: Path) -> bytes:
     """Return model file `number`: its header has odd values, or its bytes are damaged."""
     chance = random.Random(f"model {number}")
-    header, tensors = model_file(folder)
+    header, tensors = model_file(folder, int8=number % 2 == 1)
     if chance.random() < 0.5:
         about = {key: json.loads(value) for key, value in header["__metadata__"].items()}
         part = chance.choice(list(about))
