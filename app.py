@@ -128,7 +128,7 @@ def create_app(
             message = "too many photos are waiting; try again in a minute"
             raise RefusedError(503, message) from None
         try:
-            image = reader.read(upload.getvalue(), upload.name)
+            image = reader.read(upload.getvalue(), upload.name, captioner.at_least)
             captions = captioner.explain(image, **settings)
         finally:
             readers.put(reader)

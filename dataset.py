@@ -96,8 +96,12 @@ class CaptionDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[str | int, Tensor, list[list[int]]]:
         return self.item(self.records[index])
 
+    def read(self, source: Any) -> Any:
+        """Return an image, decoded no larger than the transform needs."""
+        return read_image(source, getattr(self.transform, "at_least", None))
+
     def item(self, record: Record, image: Any = None) -> tuple[str | int, Tensor, list[list[int]]]:
-        """Return the item of a record; `image`, where given, is used instead of the record's file.
+        """Return the item of a record, whose `image` may have been read already.
 
         Of an image with more than `MOST_CAPTIONS` captions, each epoch uses that many others.
         """
@@ -115,7 +119,7 @@ class CaptionDataset(Dataset):
             view = views[derive_seed(*seed) % len(views)]
             return record.image_id, self.features.get(record.image_id, view), tokens
         with fork_seeded(*seed):
-            pixels = self.transform(read_image(record.path if image is None else image))
+            pixels = self.transform(self.read(record.path) if image is None else image)
             mirror = self.flip and may_mirror and torch.rand(()) < 0.5
         return record.image_id, pixels.flip(-1) if mirror else pixels, tokens
 
@@ -271,7 +275,7 @@ class ShardStream(IterableDataset):
 
         def make_item(record: Record, content: bytes | None) -> tuple | None:
             try:
-                image = content and read_image(content)
+                image = content and self.dataset.read(content)
             except UserError:
                 image = None
             with lock:

@@ -36,6 +36,7 @@ from backbones import (
 )
 from util.files import IDENTITY, UserError
 from util.fusion import can_fuse, fuse_convolutions
+from util.layers import to_device
 from util.quantization import dequantize_state
 from util.states import check_torch_file
 
@@ -414,7 +415,8 @@ def prepare_encoder(
         cnn = fold_batch_norm(encoder).cnn.to(device, dtype)
 
     def encode(pixels: Tensor) -> Tensor:
-        pixels = pixels.to(device, dtype, non_blocking=True)
+        # One after the other: to both at once, torch would convert on the CPU, and wait for it.
+        pixels = to_device(pixels, device).to(dtype)
         maps = cnn(pixels.contiguous(memory_format=torch.channels_last))
         return encoder.to_sequence(maps).float()
 
@@ -433,11 +435,12 @@ class Resize:
     """A PIL image → (3, H, W) normalised pixels, resized to a square of `size` pixels per side.
 
     With `crop`, a random part (at least 80 % of the area, nearly of the image's own shape) is
-    taken first: large enough that captions stay true.
+    taken first: large enough that captions stay true. `at_least` is what `util.images.read_image`
+    should be given: it keeps twice that, and so the random part is not enlarged either.
     """
 
     def __init__(self, size: int, crop: bool = False):
-        self.size, self.crop = size, crop
+        self.size, self.crop, self.at_least = size, crop, size
         mean, std = (torch.tensor(each)[:, None, None] for each in (MEAN, STD))
         self.scale, self.shift = 1 / (255 * std), mean / std
 

@@ -79,8 +79,11 @@ def encode_split(
     encoded: Iterable[Any] = itertools.repeat(None, len(parts))
     if cache is None:
         amp = pick_dtype(precision, device) == torch.bfloat16
+        # An image is read in the same way for all, as `inference.Captioner` does.
+        at_least = max(img_size for _, img_size in model.encoders)
+        how = {"amp": amp, "at_least": at_least}
         streams = [
-            encode_images(records, encoder, img_size, device, batch_size, workers, amp)
+            encode_images(records, encoder, img_size, device, batch_size, workers, **how)
             for encoder, img_size in model.encoders
         ]
         encoded = zip(*streams, strict=True)
@@ -292,7 +295,7 @@ def write_report(
 
 def format_figure(record: Record, caption: str, value: float) -> str:
     """Return the HTML of an image with its caption, that caption's CIDEr-D, and its references."""
-    image = read_image(record.path)
+    image = read_image(record.path, at_least=max(THUMBNAIL))
     image.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=85)

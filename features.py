@@ -232,13 +232,20 @@ def encode_images(
     workers: int = 2,
     amp: bool = False,
     views: int = 1,
+    at_least: int | None = None,
 ) -> Iterator[EncodedBatch]:
     """Yield the features of `views` of each image, batch by batch, in the order of `records`.
 
-    With `amp` the CNN runs in bfloat16.
+    With `amp` the CNN runs in bfloat16. `at_least`: pixels per side that reading an image must keep
+    (default: `img_size`; for an ensemble, the largest).
     """
-    images = ImageViews(records, img_size, views)
-    loader = Loader(images, batch_size, num_workers=min(workers, len(records)))
+    images = ImageViews(records, img_size, views, at_least)
+    loader = Loader(
+        images,
+        batch_size,
+        num_workers=min(workers, len(records)),
+        pin_memory=torch.device(device).type == "cuda",
+    )
     encode = prepare_encoder(encoder, device, torch.bfloat16 if amp else torch.float32)
     start = 0
     for pixels, seeds, readable, sources in loader:
@@ -256,9 +263,12 @@ def encode_images(
 class ImageViews(Dataset):
     """Each image as (pixels (views, 3, H, W), seed, whether it could be read, source)."""
 
-    def __init__(self, records: Sequence[Record], img_size: int, views: int):
+    def __init__(
+        self, records: Sequence[Record], img_size: int, views: int, at_least: int | None = None
+    ):
         self.records, self.img_size, self.views = records, img_size, views
         self.resize = image_transform(img_size, train=False)
+        self.at_least = at_least or self.resize.at_least
         self.random_crop = image_transform(img_size, train=True)
 
     def __len__(self) -> int:
@@ -268,7 +278,7 @@ class ImageViews(Dataset):
         record = self.records[index]
         source = read_source(record.path)  # first: a change after it will be noticed
         try:
-            image = read_image(record.path)
+            image = read_image(record.path, self.at_least)
         except UNREADABLE:
             return torch.zeros(self.views, 3, self.img_size, self.img_size), 0, False, source
         original = self.resize(image)

@@ -78,7 +78,8 @@ class Captioner:
         self.precision = precision
         sizes = [size for _, size in model.encoders]
         self.transforms = [image_transform(size, train=False) for size in sizes]
-        self.at_least = max(sizes)  # pixels per side that reading an image must keep
+        # Pixels per side that reading an image must keep.
+        self.at_least = max(transform.at_least for transform in self.transforms)
 
     @functools.cached_property
     def encoders(self) -> list[Callable[[Tensor], Tensor]]:

@@ -13,6 +13,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Before torch, which reads how its threads wait when it is loaded.
+from util import threads  # noqa: E402, I001
+
 import rows as benchmarks  # noqa: E402
 from machine import Machine, choose_rows  # noqa: E402
 
@@ -32,6 +35,8 @@ class Config:
     """Number of times that each side is measured; the table has the medians."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
+    threads: int | None = None
+    """CPU threads to compute with (default: one for each CPU that this process may use)."""
 
 
 # Name, as --rows takes it -> the function that measures one row or several.
@@ -70,6 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     files.check_writable(config.json)
     chosen = choose_rows(ROWS, config.rows)
+    threads.set_up_process(config.threads)
     machine = Machine(pick_device(config.device), config.repeats)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:

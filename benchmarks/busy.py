@@ -72,7 +72,8 @@ def measure(images: int, config: Config) -> dict[str, float]:
     spans = [
         (event.time_range.start, event.time_range.end)
         for event in profiler.events()
-        if event.device_type == kind
+        # Not ranges that a program names: on a GPU such a range lasts from kernel to kernel.
+        if event.device_type == kind and not getattr(event, "is_user_annotation", False)
     ]
     busy = sum_covered(spans) / 1e6  # from microseconds
     # The profiler slows down Python, and with it a CPU's operations, but not a GPU's kernels.

@@ -76,16 +76,22 @@ def batch(images: int = 32, seed: int = 0, words: Vocabulary | None = None) -> B
     return collate_fn(items)
 
 
-def trained_decoder(config: DecoderConfig, steps: int = 60, channels: int = CHANNELS) -> Decoder:
-    """Return a decoder trained until its captions have about the right length."""
+def trained_decoder(
+    config: DecoderConfig,
+    steps: int = 60,
+    channels: int = CHANNELS,
+    device: torch.device | str = "cpu",
+) -> Decoder:
+    """Return a decoder on `device`, trained until its captions have about the right length."""
     words = vocabulary()
     torch.manual_seed(0)
     positions = 1 if config.decoder == "lstm" else POSITIONS
     decoder = build_decoder(config, vocabulary=len(words), channels=channels, positions=positions)
+    decoder.to(device)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
     for step in range(steps):
         one = batch(32, seed=step, words=words)
-        inputs = one.inputs.float()[..., :channels]
+        inputs = one.inputs.to(device).float()[..., :channels]
         inputs = inputs.mean(1, keepdim=True) if positions == 1 else inputs
         logits = decoder(decoder.encode(inputs), one.tokens, one.owner).logits
         loss = cross_entropy(logits, one.tokens)

@@ -51,6 +51,20 @@ def test_the_endpoint_gives_the_captions_of_inference(method, client, run):
     assert (texts if n > 1 else texts[0]) == same
 
 
+def test_a_large_photo_is_read_as_inference_reads_it(captioner, monkeypatch):
+    class AskedError(Exception):
+        pass
+
+    def read(reader, content, name, at_least=None):
+        raise AskedError(at_least)
+
+    monkeypatch.setattr(app.ImageReader, "read", read)
+    application = app.create_app(captioner)
+    application.testing = True
+    with pytest.raises(AskedError, match=f"^{captioner.at_least}$"):
+        ask(application.test_client())
+
+
 def test_without_settings_there_is_the_one_caption_of_inference(client, run):
     status, said = ask(client)
     assert status == 200
@@ -206,6 +220,7 @@ class Replaced:
 
     def __init__(self, captioner, explain):
         self.model, self.decoding, self.explain = captioner.model, captioner.decoding, explain
+        self.at_least = captioner.at_least
 
 
 @pytest.mark.parametrize("error", [RuntimeError, ValueError])

@@ -150,7 +150,7 @@ def test_an_image_that_was_left_out_is_added_once_it_can_be_read(
 def test_an_image_is_added_when_a_library_that_reads_it_was_installed(
     encoder, records, tmp_path, monkeypatch, caplog
 ):
-    def lacking(path):
+    def lacking(path, at_least=None):
         if path.name == "002.bmp":
             raise UserError("no library for it")
         return caches.read_image(path)
@@ -392,6 +392,59 @@ def test_impossible_features_of_an_earlier_version_are_extracted_again(
     built.path.write_bytes(content)
     found, read, _ = read_again(records, encoder, tmp_path, monkeypatch, caplog)
     assert read == ["007.bmp"]
+    check(found, records, encoder)
+
+
+def with_large_jpeg(records) -> list:
+    """Return the records with a JPEG of several times the CNN's size as the fourth."""
+    path = records[3].path.with_suffix(".jpg")
+    noise = np.random.default_rng(3).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    caches.Image.fromarray(noise).save(path, quality=95)
+    return [*records[:3], records[3]._replace(path=path), *records[4:]]
+
+
+def read_in_full(path, at_least=None):
+    return caches.read_image(path)
+
+
+def test_large_jpegs_that_an_earlier_version_read_in_full_are_encoded_again(
+    records, encoder, tmp_path, monkeypatch, caplog
+):
+    records = with_large_jpeg(records)
+    with monkeypatch.context() as patch:
+        patch.setattr(features, "read_image", read_in_full)
+        before = build(records, encoder, tmp_path / "cache")
+    about = json.loads(before.path.with_suffix(".json").read_text())
+    assert about.pop("reading") == "reduced"
+    before.path.with_suffix(".json").write_text(json.dumps(about))
+    old = before.get("003.bmp")
+    found, read, lines = read_again(records, encoder, tmp_path, monkeypatch, caplog)
+    assert read == ["003.jpg"]
+    assert lines == [
+        f"{before.path}: extracting 1 of 8 images again, as large JPEGs are now decoded at a "
+        "reduced size: 003.bmp"
+    ]
+    assert not torch.equal(found.get("003.bmp"), old)
+    check(found, records, encoder)
+
+
+def test_an_extraction_that_an_earlier_version_began_ends_as_if_it_were_new(
+    records, encoder, tmp_path, monkeypatch, caplog
+):
+    records = with_large_jpeg(records)
+    monkeypatch.setattr(extraction, "SAVE_EVERY", 1)
+    with monkeypatch.context() as patch:
+        read = stop_after(patch, 6)
+        reduced = features.read_image
+        patch.setattr(features, "read_image", lambda path, _: reduced(path, None))
+        with pytest.raises(caches.ExtractionStoppedError):
+            build(records, encoder, tmp_path / "cache")
+    (progress,) = (tmp_path / "cache").glob("*.progress")
+    noted = json.loads(progress.read_text())
+    del noted["reading"]
+    progress.write_text(json.dumps(noted))
+    found, read, lines = read_again(records, encoder, tmp_path, monkeypatch, caplog)
+    assert read == ["006.bmp", "007.bmp", "003.jpg"] and "reduced size" in lines[0]
     check(found, records, encoder)
 
 

@@ -15,6 +15,7 @@ from dataset import (
 )
 from encoder import image_transform
 from readers import Record
+from util.images import read_image
 from util.seeding import derive_seed
 from vocabulary import PAD, Vocabulary
 
@@ -54,6 +55,22 @@ def pixels_by_id(batches) -> dict:
 
 def same(first: dict, second: dict) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+# --- pixels
+
+
+@pytest.mark.parametrize("crop", [False, True])
+def test_a_large_jpeg_is_decoded_no_larger_than_a_random_crop_needs(crop, tmp_path, monkeypatch):
+    path, given = tmp_path / "noise.jpg", []
+    Image.effect_noise((800, 600), 90).convert("RGB").save(path)
+    transform = image_transform(64, train=crop)
+    resize = transform.resize
+    monkeypatch.setattr(transform, "resize", lambda image: [given.append(image), resize(image)][1])
+    item = CaptionDataset([], transform=transform).item(Record("a", path, ("a",)))
+    assert given[0].size == (200, 150) and item[1].shape == (3, 64, 64)
+    if not crop:
+        assert torch.equal(item[1], transform(read_image(path, 64)))
 
 
 # --- batches

@@ -1,16 +1,21 @@
 """Several checkpoints decoded together, whatever their CNNs, sizes and decoders."""
 
 import json
+import zlib
 
 import pytest
 import torch
 from helpers.tiny import METHODS, WORDS, picture, run_script, tiny_model
+from PIL import Image
 
 import evaluate
 import inference
+from evaluate import encode_split
 from inference import Captioner, caption
 from model import ModelEnsemble, load_models
+from readers import Record
 from util import shapes
+from util.images import read_image
 
 KINDS = [("transformer", 64, 2), ("lstm", 64, 4), ("attention-lstm", 96, 5)]  # size, seed
 
@@ -73,6 +78,21 @@ def test_an_ensemble_captions_a_picture_alone_as_in_a_batch(method, members, pic
     alone = [ensemble.caption(each) for each in pictures]
     assert [found[0].text for found in ensemble.caption_many(pictures, batch_size=5)] == alone
     assert len(set(alone)) > 1
+
+
+def test_a_large_photo_is_read_alike_by_inference_and_evaluation(members, tmp_path):
+    """For all members as the largest needs it, so that samples and captions are the same."""
+    path = tmp_path / "noise.jpg"
+    Image.effect_noise((1200, 760), 90).convert("RGB").save(path)
+    for paths, size in ((members, (600, 380)), (members[0], (300, 190))):
+        captioner = Captioner.load(paths, "cpu", precision="float32")
+        assert read_image(path, captioner.at_least).size == size
+        pixels = captioner._preprocess(path)
+        (batch,) = encode_split(captioner.model, [Record("a", path, ("a",))], workers=0)
+        assert batch.seeds == [zlib.crc32(pixels[0].contiguous().numpy())]
+        pairs = zip(captioner.encoders, pixels, batch.features, strict=True)
+        for encode, one, found in pairs:
+            torch.testing.assert_close(encode(one[None]).half(), found, atol=2e-3, rtol=2e-3)
 
 
 def test_the_scripts_and_the_function_agree(members, tmp_path, capsys):

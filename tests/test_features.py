@@ -96,7 +96,7 @@ def test_the_description_says_what_the_cache_was_made_from(reference, records, e
     assert description["image_ids"] == [record.image_id for record in records]
     assert {"weights", "transform", "views", "left_out"} <= description.keys()
     assert str(records[0].path.parent) not in json.dumps(description)
-    added = {"left_out", "shape", "checksums", "sources"}
+    added = {"left_out", "shape", "checksums", "sources", "reading"}
     assert describe(records, encoder, 32) == {
         key: value for key, value in description.items() if key not in added
     }

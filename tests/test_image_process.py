@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers.images import bytes_of
+from helpers.images import bytes_of, pixels
 from PIL import Image
 
 from util import image_process
@@ -27,6 +27,13 @@ def test_an_image_is_the_one_that_is_read_in_this_process(reader):
     image = reader.read(bytes_of(Image.fromarray(noise), "PNG"), "noise.png")
     assert (image.mode, image.size) == ("RGB", (40, 30))
     assert np.array_equal(np.asarray(image), noise)
+
+
+def test_a_large_jpeg_is_read_at_the_size_that_is_asked_for(reader):
+    content = bytes_of(Image.effect_noise((800, 600), 90).convert("RGB"), "JPEG")
+    image = reader.read(content, "noise.jpg", 64)
+    assert image.size == (200, 150)
+    assert np.array_equal(np.asarray(image), pixels(content, at_least=64))
 
 
 @pytest.mark.parametrize(
@@ -67,7 +74,7 @@ def test_a_decoder_that_crashes_ends_its_process_and_not_the_next_image(reader):
 def test_a_slow_image_ends_its_process_when_nobody_is_left_to_kill_it(tmp_path):
     """As after `kill -9` of the server."""
     reader = ImageReader(seconds=60)
-    head = image_process.REQUEST.pack(10**6, 1, -1.0)  # more bytes than come, 1 second
+    head = image_process.REQUEST.pack(10**6, 1, 0, -1.0)  # more bytes than come, 1 second
     reader.process.stdin.write(head + b"a")
     reader.process.stdin.flush()
     assert reader.process.wait(30) == -signal.SIGALRM

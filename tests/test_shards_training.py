@@ -9,13 +9,14 @@ from helpers.shards import as_img2dataset, copied, listed, served, write
 from helpers.tiny import SMALL, assert_same_run, losses, run_code
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import dataset
 import shards
 import train
 from dataset import CaptionDataset, stream_loader
 from encoder import image_transform
-from readers import load_split
+from readers import Record, load_split
 from shards import Row
 from util.images import read_image
 from vocabulary import Vocabulary
@@ -124,6 +125,17 @@ def test_a_stream_gives_the_pixels_and_captions_of_the_files(written, drawn, tmp
         pixels, tokens = found[record.image_id]
         assert torch.equal(pixels, transform(read_image(record.path)))
         assert tuple(map(words.decode, tokens.tolist())) == record.captions
+
+
+def test_a_stream_reads_a_large_jpeg_as_files_are_read(tmp_path):
+    path, transform = tmp_path / "noise.jpg", image_transform(32, train=False)
+    Image.effect_noise((400, 300), 90).convert("RGB").save(path)
+    records = [Record("noise.jpg", path, ("a",))]
+    shards.write_shards({"train": records}, tmp_path / "shards", "shapes")
+    data = CaptionDataset(listed(tmp_path / "shards", tmp_path), transform=transform)
+    (batch,) = stream_loader(data, tmp_path / "shards", 4)
+    assert torch.equal(batch.inputs[0], transform(read_image(path, 32)))
+    assert not torch.equal(batch.inputs[0], transform(read_image(path)))
 
 
 @pytest.mark.parametrize("crop", [False, True])

@@ -3,9 +3,9 @@
 S image positions · C backbone channels
 
 `NAME.npy` is a float16 array (images, views, S, C). `NAME.json` describes it: its "shape"; by row
-"image_ids", "checksums" (CRC-32) and "sources" (`util/sources.py`); and "left_out", the ids of
-images that could not be read, whose rows are zeros. Caches of earlier versions have no shape,
-checksums and sources.
+"image_ids", "checksums" (CRC-32) and "sources" (`util/sources.py`); "reading", how large JPEGs were
+read; and "left_out", the ids of images that could not be read, whose rows are zeros. Caches of
+earlier versions have no shape, checksums, sources and reading.
 
 Files are read and written, not mapped into memory: where a mapped file is cut short, or its disk
 full, the process is killed without a word (SIGBUS). That costs 0.05 ms per view of an image.

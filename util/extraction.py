@@ -10,6 +10,7 @@ ones, with `features` (B, views, S, C), the ids of `unreadable` images, and `sou
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,19 @@ from tqdm import tqdm
 from util import files
 from util.cache import DamagedError, FeatureFile, check_file, mark_rows, read_description
 from util.files import UserError
-from util.images import UNREADABLE, are_too_many, name_some, read_image, report_left_out
+from util.images import (
+    UNREADABLE,
+    are_too_many,
+    is_reduced,
+    name_some,
+    read_image,
+    report_left_out,
+)
+from util.threads import default_workers
 
 log = logging.getLogger(__name__)
 
+READING = "reduced"  # how large JPEGs are read; earlier versions, which did it in full, noted none
 SAVE_EVERY = 16  # batches between two notes of how far an extraction has come
 
 Encode = Callable[[Sequence[Any]], Iterator[Any]]
@@ -73,7 +83,10 @@ def bring_up_to_date(
 def find_stale(
     path: Path, records: Sequence[Any], repair: bool = False
 ) -> tuple[dict[str, Any], dict[int, str]]:
-    """Return what `cache.check_file` does; rows of images that can be read by now are stale too."""
+    """Return what `cache.check_file` does; rows of images that can be read by now are stale too.
+
+    So are those of JPEGs that an earlier version read in full, and that are now read otherwise.
+    """
     image_ids = [record.image_id for record in records]
     contents, stale = check_file(path, image_ids, [each.path for each in records], repair)
     left_out = set(contents["left_out"])
@@ -82,6 +95,13 @@ def find_stale(
             with suppress(*UNREADABLE):
                 read_image(record.path)
                 stale[row] = "readable"
+    if contents.get("reading") != READING:
+        paths, size = [record.path for record in records], contents["img_size"]
+        with ThreadPoolExecutor(default_workers()) as pool:
+            reduced = pool.map(lambda path: is_reduced(path, size), paths)
+        large = [row for row, is_large in enumerate(reduced) if is_large]
+        stale = dict.fromkeys(large, "large") | stale
+        contents["reading"] = READING
     return contents, stale
 
 
@@ -120,6 +140,7 @@ def replace_rows(
         ("changed", "the image files have changed"),
         ("damaged", "the cache is damaged there"),
         ("readable", "they can be read now"),
+        ("large", "large JPEGs are now decoded at a reduced size"),
     ):
         if names := [records[row].image_id for row, why in stale.items() if why == reason]:
             counts = f"{len(names)} of {len(records)} images"
@@ -180,10 +201,11 @@ def extract(
     part, progress = path.with_suffix(".part"), path.with_suffix(".progress")
     if path.exists():  # killed before the .json was written, or the .json was deleted
         path.replace(part)
-    file, noted = None, {"left_out": [], "sources": [], "checksums": []}
+    file, noted = None, {"reading": READING, "left_out": [], "sources": [], "checksums": []}
     with suppress(UserError, OSError):
         found = files.read_json(progress)
-        if isinstance(found, dict) and found.keys() == noted.keys():
+        # Without "reading": an earlier version began it, and the large JPEGs are replaced later.
+        if isinstance(found, dict) and found.keys() | {"reading"} == noted.keys():
             file = FeatureFile(part, "rb+")
             noted = found
     if file is None:  # neither is of use without the other

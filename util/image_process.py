@@ -19,7 +19,8 @@ from PIL import Image
 from util.files import UserError
 
 MAX_MEMORY = 4 * 2**30  # bytes; the largest image that is read takes half of it
-REQUEST = struct.Struct(">QQd")  # bytes of the file, bytes of its name, seconds
+# Bytes of the file, bytes of its name, `at_least` (0: none), seconds.
+REQUEST = struct.Struct(">QQQd")
 REPLY = struct.Struct(">LLQ")  # width, height (0: an error), bytes of the pixels or the message
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +39,7 @@ class ImageReader:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         self.process = subprocess.Popen(command, cwd=ROOT, **pipes)
 
-    def read(self, content: bytes, name: str) -> Image.Image:
+    def read(self, content: bytes, name: str, at_least: int | None = None) -> Image.Image:
         """Return the image in a file, as `util.images.read_image` does; `name` is for messages.
 
         Raises UserError if it can't be read, takes too long or too much memory.
@@ -51,7 +52,8 @@ class ImageReader:
         timer.daemon = True  # the end of the server does not wait for it
         timer.start()
         try:
-            process.stdin.write(REQUEST.pack(len(content), len(encoded), self.seconds) + encoded)
+            sizes = len(content), len(encoded), at_least or 0
+            process.stdin.write(REQUEST.pack(*sizes, self.seconds) + encoded)
             process.stdin.write(content)
             process.stdin.flush()
             width, height, size = REPLY.unpack(process.stdout.read(REPLY.size))
@@ -84,14 +86,14 @@ def serve(requests: BinaryIO, replies: BinaryIO) -> None:
     from util.images import read_image
 
     while len(head := requests.read(REQUEST.size)) == REQUEST.size:
-        size, name_size, seconds = REQUEST.unpack(head)
+        size, name_size, at_least, seconds = REQUEST.unpack(head)
         if hasattr(signal, "alarm"):  # ends this process, should nobody be left to kill it
             signal.alarm(int(seconds) + 2)
         name = requests.read(name_size).decode()
         stream = io.BytesIO(requests.read(size))
         stream.name = name
         try:
-            image = read_image(stream)
+            image = read_image(stream, at_least or None)
             width, height, result = *image.size, image.tobytes()
         except UserError as error:
             width, height, result = 0, 0, str(error).encode("utf-8", "backslashreplace")

@@ -239,10 +239,30 @@ def read_stream(stream: Any, name: str, at_least: int | None) -> Image.Image:
             if exif := image.info.get("exif"):  # Pillow would read all of it
                 image.info["exif"] = make_exif(exif)
             if at_least is not None:
-                image.draft("RGB", (2 * at_least, 2 * at_least))
+                reduce_jpeg(image, at_least)
             return make_upright(image)
     except PILLOW_ERRORS as error:
         raise unreadable(name, error, stream) from error
+
+
+def reduce_jpeg(image: Image.Image, at_least: int) -> bool:
+    """Let a large JPEG, not decoded yet, be decoded at a reduced size; return whether it will be.
+
+    Each side keeps at least twice `at_least` pixels.
+    """
+    size = image.size
+    image.draft("RGB", (2 * at_least, 2 * at_least))
+    return image.size != size
+
+
+def is_reduced(path: str | Path, at_least: int) -> bool:
+    """Return whether `read_image(path, at_least)` decodes a JPEG at a reduced size."""
+    try:
+        with open(path, "rb") as stream, open_image(drop_metadata(stream)) as image:
+            check_header(image)
+            return reduce_jpeg(image, at_least)
+    except PILLOW_ERRORS:  # UserError is one of them
+        return False
 
 
 def open_image(stream: Any) -> Image.Image:

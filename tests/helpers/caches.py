@@ -91,11 +91,11 @@ def stop_after(monkeypatch, count: int) -> list[Path]:
     """End the extraction after `count` images; return the list of the paths read, which grows."""
     read = []
 
-    def stopping(path):
+    def stopping(path, at_least):
         if len(read) == count:
             raise ExtractionStoppedError
         read.append(path)
-        return read_image(path)
+        return read_image(path, at_least)
 
     monkeypatch.setattr(features, "read_image", stopping)
     return read

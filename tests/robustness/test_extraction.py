@@ -90,11 +90,11 @@ def test_an_extraction_starts_again_where_one_of_its_two_files_is_missing(
 def build_in_process(records, folder: Path, last: int, count) -> None:
     """Build the cache; kill this process when it has read `last` images."""
 
-    def reading(path):
+    def reading(path, at_least):
         if count.value == last:
             os.kill(os.getpid(), signal.SIGKILL)
         count.value += 1
-        return read_image(path)
+        return read_image(path, at_least)
 
     torch.set_num_threads(1)
     features.read_image, extraction.SAVE_EVERY = reading, 1
@@ -136,11 +136,11 @@ def test_two_processes_at_once_extract_only_once(reference, records, tmp_path):
 def test_a_signal_saves_all_progress(number, reference, records, encoder, tmp_path, monkeypatch):
     read = []
 
-    def stopping(path):
+    def stopping(path, at_least):
         read.append(path)
         if len(read) == 7:  # batches are of three
             os.kill(os.getpid(), number)
-        return read_image(path)
+        return read_image(path, at_least)
 
     with monkeypatch.context() as patch:
         patch.setattr(features, "read_image", stopping)
