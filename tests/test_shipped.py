@@ -38,11 +38,12 @@ def header() -> dict:
 
 
 def test_the_file_is_small_and_keeps_batchnorm_in_float32():
-    assert SHIPPED.stat().st_size < 60e6
+    assert SHIPPED.stat().st_size < 40e6
     with safe_open(SHIPPED, "pt") as file:
         kinds = {name: file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
     assert kinds["encoder.cnn.bn1.running_var"] == torch.float32
-    assert kinds["encoder.cnn.layer4.2.conv3.weight"] == torch.float16
+    assert kinds["encoder.cnn.layer4.2.conv3.weight"] == torch.int8
+    assert kinds["decoder.project.weight"] == torch.float16
 
 
 def test_the_card_says_what_the_file_says(header):
@@ -54,7 +55,10 @@ def test_the_card_says_what_the_file_says(header):
     begun = [each["init_from"] for each in critical]
     assert all(each["img_size"] == header["model"]["img_size"] for each in begun)
     assert f"{header['model']['img_size']} x {header['model']['img_size']} pixels" in card
-    assert all(f"--views {each['views']}" in card for each in [*begun, *critical])
+    assert all(each["also"] == ["csv:coco", "csv:web"] for each in begun)
+    assert all(each["also"] == ["csv:coco"] for each in critical)  # the captions of people
+    assert all(f"--views {each['views']}" in card for each in critical)
+    assert f"--tags {header['model']['tags']}" in card
     assert f"--scst-lr {critical[0]['scst_lr']:.0e}".replace("e-0", "e-") in card
 
 

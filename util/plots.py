@@ -5,6 +5,7 @@ Hebrew, Armenian and Georgian scripts. For others an installed font is searched.
 """
 
 import functools
+import itertools
 import math
 import re
 import unicodedata
@@ -62,17 +63,24 @@ def learning_curve(path: str | Path, rows: list[dict], test_loss: float | None =
 
 
 def draw_scores(axes: Any, rows: list[dict]) -> None:
-    """Draw validation CIDEr and BLEU-4 and the reward by epoch, and mark the best epoch."""
+    """Draw validation CIDEr and BLEU-4 and the reward by epoch, and mark the best epoch.
+
+    Of a run on several datasets, the CIDEr of each too: the columns "CIDEr NAME".
+    """
     cider = draw_line(axes, rows, "CIDEr", "CIDEr", "#009E73", "o")
     bleu = draw_line(axes, rows, "BLEU-4", "BLEU-4", "#AA4499", "s")
     reward = draw_line(axes, rows, "reward", "reward (training)", "#0072B2", "^")
+    # Of several datasets, CIDEr is the mean.
+    names = [name for name in (rows[0] if rows else ()) if name.startswith("CIDEr ")]
+    shades = itertools.cycle(("#66C2A5", "#1B7837", "#A6D854", "#005824"))
+    each = [draw_line(axes, rows, name, name, next(shades), ".") for name in names]
     if points := cider or bleu:
         epoch, score = max(points, key=lambda point: point[1])
         label = f"best: epoch {epoch:g} ({'CIDEr' if cider else 'BLEU-4'} {score:.3f})"
         axes.axvline(epoch, color="#333333", linestyle=":", linewidth=1.5, zorder=1)
         style = {"markersize": 15, "markeredgecolor": "white", "linestyle": "none"}
         axes.plot([epoch], [score], "*", color="#E69F00", label=label, **style)
-        highest = max(score for _, score in cider + bleu + reward)
+        highest = max(score for _, score in itertools.chain(cider, bleu, reward, *each))
         axes.set_ylim(0, max(highest * 1.08, 0.01))
 
 
