@@ -132,9 +132,10 @@ def batch_loss(model: CaptionModel, batch: SplitBatch) -> tuple[float, int]:
         for record in batch.records
         for line in record.captions
     ]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+    # On the CPU, where it is known without waiting for a GPU which tokens are words.
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     counts = torch.tensor([len(record.captions) for record in batch.records])
-    owner = torch.arange(len(counts)).repeat_interleave(counts).to(device)
+    owner = torch.arange(len(counts)).repeat_interleave(counts)
     logits = model(batch.features[0].to(device), tokens, owner).logits
     loss = cross_entropy(logits, tokens)
     return float(loss.nll), loss.words

@@ -170,12 +170,14 @@ def sample_captions(
         empty = SampledBatch([], *batch[1:4], torch.zeros(0, device=device), max_words)
         return empty, torch.zeros(0, n)
     memory = model.encode(to_device(batch.inputs, device))
-    samples = sample(model.decoder, memory, max_words=max_words, n=n).tokens  # (B, n, T)
-    rewards = reward(batch.image_ids, samples)  # on the CPU: n-grams are counted there
+    # (B, n, T), on the CPU: n-grams are counted there, and which tokens are words must be known
+    # there, or training, which scores the samples again, would wait for a GPU to tell it.
+    samples = sample(model.decoder, memory, max_words=max_words, n=n).tokens.cpu()
+    rewards = reward(batch.image_ids, samples)
     start = torch.full_like(samples[..., :1], START)
     tokens = torch.cat([start, samples], -1).flatten(0, 1)
-    owner = torch.arange(len(samples), device=device).repeat_interleave(n)
-    advantage = (rewards - leave_one_out(rewards)).flatten().to(device)
+    owner = torch.arange(len(samples)).repeat_interleave(n)
+    advantage = to_device((rewards - leave_one_out(rewards)).flatten(), device)
     return SampledBatch(batch.image_ids, batch.inputs, tokens, owner, advantage, max_words), rewards
 
 
