@@ -1,6 +1,6 @@
 """Compare this project's speed with the usual implementation's, in one run.
 
-Run `python benchmarks/bench.py --json bench.json`; `rows.py` has what is benchmarks.
+Run `python benchmarks/bench.py --json bench.json`; `rows.py` and `neighbours.py` have its rows.
 """
 
 import sys
@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 # Before torch, which reads how its threads wait when it is loaded.
 from util import threads  # noqa: E402, I001
 
+import neighbours  # noqa: E402
 import rows as benchmarks  # noqa: E402
 from machine import Machine, choose_rows  # noqa: E402
 
@@ -50,6 +51,7 @@ ROWS: dict[str, Callable[[Machine, Path], Any]] = {
     "start": benchmarks.start_row,
     "scores": lambda machine, _: benchmarks.scoring_row(machine),
     "reward": lambda machine, _: benchmarks.reward_row(machine),
+    "neighbour": lambda machine, _: neighbours.neighbour_rows(machine),
 }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import bench
 import busy
 import growth
+import neighbours
 import peer_rows
 import peers
 import pytest
@@ -79,6 +80,24 @@ def test_the_benchmark_writes_its_table(tmp_path, capsys):
     assert row.keys() == {"name", "unit", "usual", "ours", "ratio", "target", "met"}
     assert row["ratio"] == pytest.approx(row["ours"] / row["usual"])
     assert "| CIDEr-D reward of 320 samples | captions/s |" in capsys.readouterr().out
+
+
+def test_work_is_measured_beside_neighbours_that_end_with_it(monkeypatch):
+    threads, started, popen = torch.get_num_threads(), [], neighbours.subprocess.Popen
+    monkeypatch.setattr(
+        neighbours.subprocess, "Popen", lambda *args: started.append(popen(*args)) or started[-1]
+    )
+    counts = []
+
+    def work() -> None:
+        assert started[-1].poll() is None
+        counts.append(torch.get_num_threads())
+
+    monkeypatch.setattr(neighbours, "make_work", lambda: {"nothing": work})
+    (row,) = neighbours.neighbour_rows(neighbours.Machine(neighbours.CPU, 1))
+    assert counts == [1, threads] * 2 and torch.get_num_threads() == threads
+    assert row["name"] == f"nothing beside a busy neighbour, {threads} threads against one"
+    assert started and all(process.poll() is not None for process in started)
 
 
 def needs(*packages: str):
