@@ -37,8 +37,8 @@ log = logging.getLogger(__name__)
 COLUMNS = ["image_id", "file", "caption", "split"]
 # Names of a captions table's columns, in lower case; the first that is there is used.
 COLUMN_NAMES = {
-    "image": ("image", "file_name", "filename", "image_name"),
-    "caption": ("caption", "text", "comment"),
+    "image": ("image", "file_name", "filename", "image_name", "image_path", "file", "path"),
+    "caption": ("caption", "text", "comment", "caption_text", "description", "sentence"),
     "split": ("split",),
 }
 # What a split may be called, in lower case. Images of "val/test" and of no named split are divided.
@@ -215,6 +215,9 @@ def read_csv(root: Path) -> pd.DataFrame:
         usual = [path for path in found if path.stem in ("captions", "metadata")]
         # Other JSON files may hold anything.
         found = usual or [path for path in found if path.suffix.lower() != ".json"]
+        kaggle = root / "captions.txt"  # Flickr8k's; other text files are no tables
+        if not found and kaggle.is_file():
+            found = [kaggle]
     if not found:
         raise FileNotFoundError(
             f"no table of captions in {root}: give --data-dir, the folder that holds captions.csv "
@@ -228,12 +231,15 @@ def read_csv(root: Path) -> pd.DataFrame:
 
 def read_table(path: Path) -> pd.DataFrame:
     """Return the table of a file in one of the formats of `util.tables`."""
-    table = tables.read_table(path, COLUMN_NAMES, optional=["split"])
+    table = tables.read_table(path, COLUMN_NAMES, optional=["split"], repeated=["caption"])
     names = {}
     for number, name in table["image"].drop_duplicates().items():
         if not name.strip():
             raise UserError(f"{path} line {number} has no image")
-        names[name] = os.path.normpath(name.strip())
+        place = name.strip()
+        if "\\" in place and not os.path.lexists(path.parent / place):
+            place = place.replace("\\", "/")  # written on Windows
+        names[name] = os.path.normpath(place)
         if os.path.isabs(names[name]):
             names[name] = os.path.relpath(names[name], os.path.abspath(path.parent))
         names[name] = Path(names[name]).as_posix()

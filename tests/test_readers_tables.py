@@ -229,19 +229,66 @@ def test_columns_of_other_datasets_are_known(image, caption, folder):
     assert contents(folder) == contents(other)
 
 
-def test_kaggles_flickr30k_table_is_read_and_its_broken_line_named(folder):
-    text = 'image_name| comment_number| comment\na.jpg| 0| Two "men" .\na.jpg| 1| A dog .\n'
-    for name in ("b.jpg", "c.jpg"):
-        save_image(folder / name)
-        text += f"{name}| 0| {name} .\n"
+def test_kaggles_flickr30k_table_is_read_with_the_row_that_lacks_a_bar(folder):
+    text = 'image_name| comment_number| comment\na.jpg| 0| "Two" men .\na.jpg| 1| A dog .\n'
     path = folder / "results.csv"
-    path.write_text(text)
-    table = read_table(path)
-    assert table["caption"].str.strip().tolist()[:2] == ['Two "men" .', "A dog ."]
-    assert sum(map(len, contents(folder).values())) == 3
-    path.write_text(text + "2199200615.jpg| 4   A dog runs across the grass .\n")
-    with pytest.raises(ValueError, match=r"line 6 has 2 cells, not 3: \['2199200615.jpg', '4   A"):
+    path.write_text(text + "a.jpg| 2   A dog runs across the grass .\n")
+    captions = ['"Two" men .', "A dog .", "A dog runs across the grass ."]
+    assert read_table(path)["caption"].tolist() == captions
+    path.write_text(text + "a.jpg| A dog .\n")
+    with pytest.raises(ValueError, match=r"line 4 has 2 cells, not 3: \['a.jpg', 'A dog"):
         read_table(path)
+
+
+def test_kaggles_flickr8k_table_is_read_from_its_folder(folder):
+    (folder / "captions.txt").write_text('image,caption\na.jpg,A dog .\nc d.jpg,"A, b ."\n')
+    assert read_table(folder / "captions.txt")["caption"].tolist() == ["A dog .", "A, b ."]
+    (folder / "captions.txt").write_text("image,caption,split\na.jpg,A dog .,train\n")
+    assert load_split("csv", folder, "train")[0].captions == ("A dog .",)
+
+
+@pytest.mark.parametrize("image", ["Image_Path", "FILE", "path", "filename"])
+@pytest.mark.parametrize("caption", ["Caption_Text", "description", "SENTENCE"])
+def test_other_names_of_columns_are_known_and_said(image, caption, folder, caplog):
+    path = write_csv(folder / "mine.csv", ROWS[:1], (image, caption, "split"))
+    assert read_table(path)["caption"].tolist() == [ROWS[0][1]]
+    assert f"mine.csv is read with image = {image.lower()}; caption = {caption.lower()}" in (
+        caplog.text
+    )
+
+
+@pytest.mark.parametrize("separator", [",", ";", "|", "\t", ", ", "; "])
+def test_separators_are_found_out(separator, folder):
+    cell = "a wet dog" if separator == "|" else '"a wet, dog; it | runs"'
+    lines = [("image", "a,b,c;d" if separator == "\t" else "note", "caption"), ("a.jpg", "1", cell)]
+    path = folder / "captions.csv"
+    path.write_text("".join(separator.join(line) + "\n" for line in lines))
+    assert read_table(path)["caption"].tolist() == [cell.strip('"')]
+
+
+def test_a_quote_after_a_space_that_encloses_no_cell_is_text(folder):
+    (folder / "captions.csv").write_text('image, caption\na.jpg, "Two" men\n')
+    assert read_table(folder / "captions.csv")["caption"].tolist() == ['"Two" men']
+
+
+@pytest.mark.parametrize("names", [("caption_0", "caption_1"), ("caption1", "Caption2")])
+def test_each_numbered_column_is_a_caption_and_empty_cells_none(names, folder):
+    rows = [("a.jpg", "one", "two"), ("c d.jpg", "", "three"), ("deep/er/b.jpg", "", "")]
+    path = write_csv(folder / "captions.csv", rows, ("image", *names))
+    table = read_table(path)
+    assert table["caption"].tolist() == ["one", "two", "three", ""]
+    assert table["image_id"].tolist() == ["a.jpg", "a.jpg", "c d.jpg", "deep/er/b.jpg"]
+
+
+def test_two_columns_of_captions_are_one_line(folder):
+    write_csv(folder / "captions.csv", ROWS, ("image", "caption", "text"))
+    with pytest.raises(files.UserError, match="several columns of captions: caption, text; ren"):
+        load_split("csv", folder, "train")
+
+
+def test_paths_as_windows_writes_them_are_found(folder):
+    write_csv(folder / "captions.csv", [(r"deep\er\b.jpg", "a dog", "train")])
+    assert load_split("csv", folder, "train")[0].path == folder / "deep/er/b.jpg"
 
 
 @pytest.mark.parametrize("text", ["007", "NA", "null", "1.0", "True", "2024-01-01", "=1", "#a"])
