@@ -226,7 +226,19 @@ def read_csv(root: Path) -> pd.DataFrame:
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise UserError(f"several tables in {root}: {names}; name one with --data-dir")
+    if is_coco(found[0]):
+        folder = root if root.is_dir() else root.parent
+        log.warning("%s is read as COCO's annotations", found[0].name)
+        return read_coco_annotations(found[0], scan_folders(folder)).assign(split="")
     return read_table(found[0])
+
+
+def is_coco(path: Path) -> bool:
+    """Return whether a file is JSON in the structure of COCO's annotations."""
+    if path.suffix.lower() != ".json":
+        return False
+    value = files.read_json(path)
+    return isinstance(value, dict) and {"images", "annotations"} <= value.keys()
 
 
 def read_table(path: Path) -> pd.DataFrame:

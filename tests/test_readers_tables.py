@@ -286,6 +286,21 @@ def test_two_columns_of_captions_are_one_line(folder):
         load_split("csv", folder, "train")
 
 
+@pytest.mark.parametrize("name", ["captions.json", "mine.json"])
+def test_cocos_annotations_are_read_under_any_name(name, folder):
+    names = ["a.jpg", "deep/er/b.jpg", "c d.jpg"]
+    value = {
+        "images": [{"id": number, "file_name": name} for number, name in enumerate(names, 7)],
+        "annotations": [{"image_id": number, "caption": f"{number}"} for number in (7, 8, 9)],
+    }
+    (folder / name).write_text(json.dumps(value))
+    root = folder if name == "captions.json" else folder / name
+    found = [load_split("csv", root, split)[0] for split in ("train", "val", "test")]
+    assert {record.image_id: record.captions for record in found} == {
+        7: ("7",), 8: ("8",), 9: ("9",)
+    }  # fmt: skip
+
+
 def test_paths_as_windows_writes_them_are_found(folder):
     write_csv(folder / "captions.csv", [(r"deep\er\b.jpg", "a dog", "train")])
     assert load_split("csv", folder, "train")[0].path == folder / "deep/er/b.jpg"
