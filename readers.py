@@ -29,7 +29,7 @@ from shards import SPLITS
 from util import files, shapes, tables, tars
 from util.files import UserError
 from util.folders import Folders, add_folders, find_file, find_images, scan_folders
-from util.images import UNREADABLE, read_image, report_left_out
+from util.images import EXTENSIONS, HIDDEN, UNREADABLE, read_image, report_left_out
 from util.threads import count_cpus
 
 log = logging.getLogger(__name__)
@@ -233,6 +233,27 @@ def read_csv(root: Path) -> pd.DataFrame:
     return read_table(found[0])
 
 
+def read_sidecar(root: Path) -> pd.DataFrame:
+    """Return the table of images with text files beside them: dog.txt for dog.jpg.
+
+    Each line is a caption. Images without a text file have none.
+    """
+    rows = []
+    for folder, names in scan_folders(root).items():
+        images = (name for name in names if Path(name).suffix.lower() in EXTENSIONS)
+        for name in sorted(image for image in images if not image.startswith(HIDDEN)):
+            file, text = (folder / name).relative_to(root).as_posix(), f"{Path(name).stem}.txt"
+            lines = files.read_text(folder / text).splitlines() if text in names else []
+            captions = [line for line in lines if line.strip()] or [""]
+            rows += [(file, file, caption, "") for caption in captions]
+    if not any(caption for _, _, caption, _ in rows):
+        raise FileNotFoundError(
+            f"no captions in {root} or its folders: searched for text files beside images, such as "
+            "dog.txt for dog.jpg; give --data-dir"
+        )
+    return pd.DataFrame(rows, columns=COLUMNS, dtype=object).sort_values("file", kind="stable")
+
+
 def is_coco(path: Path) -> bool:
     """Return whether a file is JSON in the structure of COCO's annotations."""
     if path.suffix.lower() != ".json":
@@ -275,6 +296,7 @@ DATASETS: dict[str, Callable[[Path], pd.DataFrame] | None] = {
     "flickr30k": read_flickr30k,
     "coco": read_coco,
     "csv": read_csv,
+    "sidecar": read_sidecar,
     "shapes": read_shapes,
     "shards": None,  # no table and files: see `unpack_shards`
 }

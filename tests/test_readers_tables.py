@@ -336,3 +336,20 @@ def test_an_excel_file_that_unpacks_to_far_more_than_its_size_is_one_line(tmp_pa
         archive.writestr("xl/sharedStrings.xml", bytes(60_000_000))
     with pytest.raises(files.UserError, match=r"a\.xlsx unpacks to 60 MB, too much for a table"):
         tables.read_table(tmp_path / "a.xlsx", {"image": ["image"]})
+
+
+def test_text_files_beside_images_have_a_caption_per_line(folder):
+    (folder / "a.txt").write_text("a dog\n\nanother dog\n")
+    (folder / "deep/er/b.txt").write_text("a cat")
+    (folder / "c d.txt").write_text("a cow\n")
+    records = [load_split("sidecar", folder, split)[0] for split in ("train", "val", "test")]
+    assert {record.image_id: record.captions for record in records} == {
+        "a.jpg": ("a dog", "another dog"),
+        "deep/er/b.jpg": ("a cat",),
+        "c d.jpg": ("a cow",),
+    }
+
+
+def test_images_without_any_text_beside_them_are_one_line(folder):
+    with pytest.raises(FileNotFoundError, match=r"text files beside images, such as dog\.txt"):
+        load_split("sidecar", folder, "train")

@@ -243,14 +243,13 @@ home, drawn, flags = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 train.main(["--dataset", "shapes", "--data-dir", str(drawn), "--output", str(home / "run"), *flags])
 print("distinct", files.read_json(home / "run/scores.json")["val"]["distinct"])
 
-folder = home / "sidecars"
-folder.mkdir()
+folder = home / "named"
+(folder / "shape").mkdir(parents=True)
 for image in files.read_json(drawn / "captions.json")["images"]:
-    path = (folder / image["filename"]).with_suffix(".jpg")
+    path = (folder / "shape" / image["filename"]).with_suffix(".jpg")
     path.write_bytes((drawn / "images" / image["filename"]).read_bytes())
-    path.with_suffix(".txt").write_text("\\n".join(each["raw"] for each in image["sentences"]))
 splits = ("train", "val", "test")
-print("sizes", [len(load_split("sidecars", folder, split)) for split in splits])
+print("sizes", [len(load_split("folders", folder, split)) for split in splits])
 captions = inference.caption(path, checkpoint=home / "run", method="best-of", n=3)
 print("captions", len(captions))
 """
