@@ -280,9 +280,14 @@ def test_each_numbered_column_is_a_caption_and_empty_cells_none(names, folder):
     assert table["image_id"].tolist() == ["a.jpg", "a.jpg", "c d.jpg", "deep/er/b.jpg"]
 
 
-def test_two_columns_of_captions_are_one_line(folder):
-    write_csv(folder / "captions.csv", ROWS, ("image", "caption", "text"))
-    with pytest.raises(files.UserError, match="several columns of captions: caption, text; ren"):
+def test_of_two_columns_of_captions_the_one_called_caption_is_read(folder):
+    write_csv(folder / "captions.csv", [("a.jpg", "a note", "a dog")], ("image", "text", "caption"))
+    assert read_table(folder / "captions.csv")["caption"].tolist() == ["a dog"]
+
+
+def test_two_columns_of_captions_of_other_names_are_one_line(folder):
+    write_csv(folder / "captions.csv", ROWS, ("image", "comment", "text"))
+    with pytest.raises(files.UserError, match="several columns of captions: comment, text; ren"):
         load_split("csv", folder, "train")
 
 

@@ -35,8 +35,9 @@ def read_table(
     Each column has the names that it may go by in the file, in lower case; the first that is there
     is read. `optional` columns may be absent, and their cells empty: "". A `repeated` column may be
     several numbered ones (caption_0, caption_1), each a row unless its cell is empty; to find it
-    under two names is an error. A suffix that is not in `FORMATS` means CSV. UserError names the
-    line at fault. Which columns were read is logged if they have other names.
+    under two names, neither its first one, is an error. A suffix that is not in `FORMATS` means
+    CSV. UserError names the line at fault. Which columns were read is logged if they have other
+    names.
     """
     kind = path.suffix.lower()
     try:
@@ -102,12 +103,17 @@ def is_absent(cell: object) -> bool:
 
 
 def find_repeated(path: Path, header: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Return the places of a column that goes by one of `names`, or of its numbered columns."""
+    """Return the places of a column that goes by one of `names`, or of its numbered columns.
+
+    The first of the names is preferred; of others there may be only one.
+    """
     places: dict[str, list[int]] = {}
     for place, name in enumerate(header):
         base = name if name in names else re.sub(r"[ _-]?\d+$", "", name)
         if base in names:
             places.setdefault(base, []).append(place)
+    if names[0] in places:
+        return places[names[0]]
     if len(places) > 1:
         found = ", ".join(header[each[0]] for each in places.values())
         raise UserError(f"{path} has several columns of captions: {found}; rename all but one")
