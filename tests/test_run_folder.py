@@ -107,7 +107,7 @@ def test_a_run_holds_its_folder_from_the_reading_of_data_to_the_last_score(
     for name in ("load_corpora", "build", "finish_epoch", "finish"):
         meanwhile(name)
     train.main(["--resume", "--output", str(run), "--epochs", "3"])
-    assert refused == ["load_data", "build", "finish_epoch", "finish"]
+    assert refused == ["load_corpora", "build", "finish_epoch", "finish"]
 
 
 def test_runs_without_a_name_take_folders_of_their_own(tmp_path, monkeypatch):

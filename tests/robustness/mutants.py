@@ -324,8 +324,8 @@ LOOP = (
         ("the second stage begins with the last weights",
          "trainer.model.load_state_dict(best.state_dict())", "pass"),
         ("the last weights are scored, not the best",
-         "model, decoding = load_best(folder, trainer), DecodingConfig()",
-         "model, decoding = trainer.model.eval(), DecodingConfig()"),
+         "model, report = load_best(folder, trainer), {}",
+         "model, report = trainer.model.eval(), {}"),
     ),
     *rows(
         "trainer.py", LOOP_TESTS,
