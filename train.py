@@ -378,7 +378,7 @@ def print_row(row: dict[str, Any], device: torch.device) -> None:
     if row["val_loss"] is not None:
         parts.append(f"val loss {row['val_loss']:.3f}")
         own = [f"{name[6:]} {row[name]:.3f}" for name in row if name.startswith("CIDEr ")]
-        each = f" ({', '.join(own)})" if own else ""
+        each = files.printable(f" ({', '.join(own)})") if own else ""
         parts += [f"CIDEr {row['CIDEr']:.3f}{each}", f"BLEU-4 {row['BLEU-4']:.3f}"]
         parts.append(f"bad endings {row['bad_endings']:.1%}, repeats {row['repeats']:.1%}")
     parts.append(f"{row['seconds']:.0f} s")

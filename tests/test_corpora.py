@@ -148,6 +148,15 @@ def test_a_run_on_two_datasets_learns_all_words_and_scores_each(home, tmp_path):
     assert {"val", "second-val"} <= scores.keys()
 
 
+def test_the_names_of_folders_reach_the_terminal_without_control_characters(home, tmp_path, capsys):
+    odd = shutil.copytree(home / "second", tmp_path / "od\x1b[31md $x$")
+    more = ["--epochs", "1", "--also", f"csv:{odd}"]
+    train.main(flags(home, tmp_path / "run", *more))
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and r"od\x1b[31md $x$ 0." in out
+    assert (tmp_path / "run/scores.json").is_file()
+
+
 def test_a_resumed_run_on_two_datasets_is_the_run_that_was_not_interrupted(home, tmp_path, caplog):
     train.main(flags(home, tmp_path / "whole", "--epochs", "2"))
     train.main(flags(home, tmp_path / "parts", "--epochs", "2"))

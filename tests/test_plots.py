@@ -104,6 +104,15 @@ def test_the_learning_rate_and_the_reward_are_drawn_and_their_stage_shaded(monke
     assert not panels(monkeypatch, tmp_path, ROWS)[0].patches
 
 
+def test_each_dataset_has_a_line_whatever_its_name(monkeypatch, tmp_path):
+    rows = [{**row, "CIDEr coco": row["CIDEr"] + 0.1, "CIDEr $_x": 0.1} for row in ROWS]
+    _, scores, _ = panels(monkeypatch, tmp_path, rows)
+    drawn = lines_of(scores)
+    assert drawn["CIDEr coco"] == [[row["epoch"], row["CIDEr"] + 0.1] for row in ROWS]
+    assert [y for _, y in drawn[r"CIDEr \$_x"]] == [0.1] * len(ROWS)
+    assert scores.get_ylim()[1] > 0.7
+
+
 def test_missing_values_are_left_out_of_a_learning_curve(monkeypatch, tmp_path):
     rows = [dict(ROWS[0], CIDEr=""), dict(ROWS[1], CIDEr=math.nan), ROWS[2], {"epoch": "4"}]
     rows.append({key: str(value) for key, value in ROWS[4].items()})

@@ -73,7 +73,11 @@ def draw_scores(axes: Any, rows: list[dict]) -> None:
     # Of several datasets, CIDEr is the mean.
     names = [name for name in (rows[0] if rows else ()) if name.startswith("CIDEr ")]
     shades = itertools.cycle(("#66C2A5", "#1B7837", "#A6D854", "#005824"))
-    each = [draw_line(axes, rows, name, name, next(shades), ".") for name in names]
+    labels = [name.replace("$", r"\$") for name in names]  # no formulas
+    each = [
+        draw_line(axes, rows, name, label, next(shades), ".")
+        for name, label in zip(names, labels, strict=True)
+    ]
     if points := cider or bleu:
         epoch, score = max(points, key=lambda point: point[1])
         label = f"best: epoch {epoch:g} ({'CIDEr' if cider else 'BLEU-4'} {score:.3f})"
