@@ -106,6 +106,7 @@ def home(drawn, tmp_path_factory) -> Path:
     (home / "photos").mkdir()
     for number, name in enumerate(("photo.jpg", "b.png", "photos/1.jpg", "photos/2.png")):
         picture(number, (96, 64)).save(home / name)
+    shutil.copytree(ROOT / "docs/examples", home / "docs/examples")
     shutil.copytree(drawn, home / "data/shapes")
     as_flickr8k(drawn, home / "data/flickr8k", ("train", "dev", "test"))
     images = files.read_json(drawn / "captions.json")["images"]
@@ -214,7 +215,7 @@ def test_every_flag_on_a_page_exists(page, flags):
 
 def test_the_first_caption_is_within_thirty_lines():
     first = (ROOT / "README.md").read_text(encoding="utf-8").split("\n")[:30]
-    assert any("inference.py photo.jpg" in line for line in first)
+    assert any("inference.py docs/examples/coffee.jpg" in line for line in first)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -31,6 +31,12 @@ def test_a_picture_is_captioned_with_nothing_named(tmp_path):
     assert set(words) <= known.keys() and words[-1] not in ("a", "the", "in", "with")
 
 
+def test_the_readmes_first_photograph_has_the_caption_that_it_says():
+    captioner = Captioner.load(SHIPPED, "cpu", precision="float32")
+    caption = captioner.caption(ROOT / "docs/examples/coffee.jpg")
+    assert f"It prints `{caption}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.fixture(scope="module")
 def header() -> dict:
     with safe_open(SHIPPED, "pt") as file:
