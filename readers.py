@@ -271,7 +271,9 @@ def read_table(path: Path) -> pd.DataFrame:
             raise UserError(f"{path} line {number} has no image")
         place = name.strip()
         if "\\" in place and not os.path.lexists(path.parent / place):
-            place = place.replace("\\", "/")  # written on Windows
+            portable = place.replace("\\", "/")
+            if os.path.lexists(path.parent / portable):  # written on Windows
+                place = portable
         names[name] = os.path.normpath(place)
         if os.path.isabs(names[name]):
             names[name] = os.path.relpath(names[name], os.path.abspath(path.parent))
