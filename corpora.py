@@ -35,9 +35,9 @@ class Corpus:
     is_first: bool = True
     caches: Caches = field(default_factory=dict)
 
-    def label(self, split: str) -> str:
-        """Return the name of a split in the state and the files of a run."""
-        return split if self.is_first else f"{self.name}-{split}"
+    def label(self, part: str) -> str:
+        """Return the name of a split, or of a page, in the state and the files of a run."""
+        return part if self.is_first else f"{self.name}-{part}"
 
 
 def load_corpora(data: DataConfig) -> list[Corpus]:

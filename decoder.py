@@ -58,8 +58,8 @@ class DecoderConfig:
     seq_len: int = field(default=30, metadata=IDENTITY)
     """Longest caption in words; longer ones are truncated."""
     tags: int = field(default=0, metadata=IDENTITY)
-    """Names of so many ImageNet classes, those that the CNN finds most probable, are attended to
-    beside the image positions (0: none)."""
+    """Let the decoder read the names of this many ImageNet classes, those that the CNN finds most
+    probable, beside the image (0: none)."""
     tie_weights: bool = field(default=True, metadata=IDENTITY)
     """Share one matrix between word embedding and output layer (arXiv 1608.05859)."""
 

@@ -269,10 +269,8 @@ def validate(
             scores[corpus.name] = {"val_loss": own.pop("loss")}
             scores[corpus.name] |= {name: float(value) for name, value in own.items()}
             if distributed.is_main():
-                name = (
-                    f"epoch-{epoch:02}.png" if corpus.is_first else f"{corpus.name}-{epoch:02}.png"
-                )
-                write_samples(pages / name, corpus.records["val"], captions)
+                name = corpus.label(f"epoch-{epoch:02}")
+                write_samples(pages / f"{name}.png", corpus.records["val"], captions)
     return mean_scores(scores)
 
 
