@@ -2,6 +2,7 @@
 or ONNX graphs for other programs (`python export.py RUN model.onnx`).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,15 +34,11 @@ class Config:
     do not read the file."""
 
 
-def write_half(model: CaptionModel, output: Path, training_info: dict[str, Any]) -> list[Path]:
-    """Write the model file with matrices in float16, and `training_info` in its header."""
-    model.save(output, half=True, **training_info)
-    return [output]
-
-
-def write_int8(model: CaptionModel, output: Path, training_info: dict[str, Any]) -> list[Path]:
-    """Write the model file as `write_half` does, but the CNN's large matrices in int8."""
-    model.save(output, int8=True, **training_info)
+def write_half(
+    model: CaptionModel, output: Path, training_info: dict[str, Any], *, int8: bool = False
+) -> list[Path]:
+    """Write a model file with matrices in float16, or with `int8` the CNN's large ones in int8."""
+    model.save(output, half=True, int8=int8, **training_info)
     return [output]
 
 
@@ -84,7 +81,7 @@ def export(
             key: headers[0][key] for key in ("scores", "training") if key in headers[0]
         }
     model = mean_model([CaptionModel.load(each) for each in checkpoints])
-    write = write_int8 if int8 else FORMS[output.suffix]
+    write = functools.partial(write_half, int8=True) if int8 else FORMS[output.suffix]
     return write(model, output, training_info)
 
 
