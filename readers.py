@@ -272,7 +272,7 @@ def read_table(path: Path) -> pd.DataFrame:
         place = name.strip()
         if "\\" in place and not os.path.lexists(path.parent / place):
             portable = place.replace("\\", "/")
-            if os.path.lexists(path.parent / portable):  # written on Windows
+            if os.path.isfile(path.parent / portable):  # written on Windows
                 place = portable
         names[name] = os.path.normpath(place)
         if os.path.isabs(names[name]):

@@ -311,6 +311,13 @@ def test_paths_as_windows_writes_them_are_found(folder):
     assert load_split("csv", folder, "train")[0].path == folder / "deep/er/b.jpg"
 
 
+@pytest.mark.parametrize("name", ["\\", "\\\\", "..\\", "deep\\er", ".\\deep"])
+def test_a_backslash_is_no_separator_where_that_would_name_a_folder(name, folder):
+    (folder / "deep/er").mkdir(parents=True, exist_ok=True)
+    write_csv(folder / "captions.csv", [(name, "a dog", "train")])
+    assert read_table(folder / "captions.csv")["file"].tolist() == [name]
+
+
 @pytest.mark.parametrize("text", ["007", "NA", "null", "1.0", "True", "2024-01-01", "=1", "#a"])
 def test_a_caption_is_never_taken_for_anything_but_text(text, folder):
     write_csv(folder / "captions.csv", [("a.jpg", text, "train")])
