@@ -19,7 +19,7 @@ from PIL import Image
 
 from decoding import METHODS, DecodingConfig
 from inference import Captioner, Explained, list_checkpoints
-from util import files
+from util import program
 from util.files import UserError
 from util.image_process import ImageReader
 from util.images import MAX_PIXELS
@@ -296,7 +296,7 @@ def create_server(app: Any, config: Config) -> Any:
             ident=None,
         )
     except (OSError, ValueError) as error:
-        reason = files.explain(error).rstrip(".")
+        reason = program.explain(error).rstrip(".")
         raise UserError(
             f"can't listen at {config.host}, port {config.port} ({reason}); choose another --port "
             "or --host"
@@ -307,7 +307,9 @@ def create_server(app: Any, config: Config) -> Any:
 
 def main(argv: list[str] | None = None) -> None:
     """Serve the page until Ctrl-C."""
-    config = files.parse(Config, argv, program="app.py", description="Caption photos in a browser.")
+    config = program.parse(
+        Config, argv, program="app.py", description="Caption photos in a browser."
+    )
     try:
         import flask  # noqa: F401
         import waitress  # noqa: F401
@@ -338,4 +340,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

@@ -21,7 +21,7 @@ from encoder import BACKBONES, EncoderConfig
 from losses import OBJECTIVES
 from model import read_metadata
 from readers import DATASETS
-from util import distributed, files
+from util import distributed, files, program
 from util.checkpoints import is_run_config
 from util.files import IDENTITY, UserError
 from util.tars import check_allowed, is_command
@@ -210,7 +210,7 @@ def configure(argv: list[str] | None) -> Config:
     # Given again, as for folders that have moved, --also replaces the run's own.
     own = {"also": ()} if chosen.also else {}
     defaults = unflatten(default_values(chosen) | model | stored | own)
-    config = files.parse(
+    config = program.parse(
         Config, argv, program="train.py", default=defaults,
         description="Train an image captioner; --dataset shapes needs no download. The defaults "
         "shown are those of the chosen preset and dataset.",

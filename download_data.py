@@ -27,7 +27,7 @@ import requests
 import tyro
 from tqdm import tqdm
 
-from util import files
+from util import files, program
 from util.files import UserError
 
 ATTEMPTS = 3  # in a row on one mirror that bring no new byte
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         for row in rows:
             name = f"{dataset} {row.folder}" + " *" * row.usual
             help_text.append(f"{name}: {in_units(row.size)}, {row.about}")
-    config = files.parse(
+    config = program.parse(
         Config, argv, program="download_data.py", description="\n\n".join(help_text)
     )
     wanted = choose(config.dataset, config.parts)
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
     with files.lock(folder.with_name(f".{folder.name}.lock")):
         fill(folder, wanted, config.archives, config.keep_archives, config.yes)
     if config.dataset == "flickr30k":
-        print(FLICKR30K_IMAGES.format(folder=files.printable(folder)))
+        print(FLICKR30K_IMAGES.format(folder=program.printable(folder)))
 
 
 def choose(dataset: str, parts: Sequence[str]) -> list[File]:
@@ -156,10 +156,10 @@ def draw_shapes(folder: Path) -> None:
     from util import shapes
 
     if shapes.is_drawn(folder):
-        print(f"{files.printable(folder)} is complete, nothing to do")
+        print(f"{program.printable(folder)} is complete, nothing to do")
     else:
         shapes.draw(folder)
-        print(f"{files.printable(folder)} is ready")
+        print(f"{program.printable(folder)} is ready")
 
 
 def fill(folder: Path, wanted: list[File], archives: Path | None, keep: bool, yes: bool) -> None:
@@ -173,7 +173,7 @@ def fill(folder: Path, wanted: list[File], archives: Path | None, keep: bool, ye
         if is_from(file, folder):  # a run may have been killed before it could clean up
             clean_up(file, downloads, keep)
     if not missing:
-        print(f"{files.printable(folder)} is complete, nothing to do")
+        print(f"{program.printable(folder)} is complete, nothing to do")
         return
     # Verified before any download: a wrong archive is reported now, not an hour later.
     at_hand = {} if archives is None else find_archives(missing, archives)
@@ -185,7 +185,7 @@ def fill(folder: Path, wanted: list[File], archives: Path | None, keep: bool, ye
         archive = at_hand.get(file) or fetch(file, downloads)
         unpack(archive, folder / file.folder, {"archive": file.name, "md5": file.md5})
         clean_up(file, downloads, keep)
-    print(f"{files.printable(folder)} is ready")
+    print(f"{program.printable(folder)} is ready")
 
 
 def clean_up(file: File, downloads: Path, keep: bool) -> None:
@@ -209,7 +209,7 @@ def is_unpacked(file: File, folder: Path) -> bool:
     if not target.exists() or not any(target.iterdir()):
         return False
     if not is_from(file, folder):
-        name = files.printable(target)
+        name = program.printable(target)
         print(f"{name} is not from this {file.name}: left as it is (remove it to get it anew)")
     return True
 
@@ -294,7 +294,7 @@ def fetch(file: File, folder: Path) -> Path:
                 elif isinstance(error, UserError):
                     reason = str(error)
                 faults.append(f"{url} ({reason})")
-                print(f"failed: {files.printable(reason)}", flush=True)
+                print(f"failed: {program.printable(reason)}", flush=True)
             else:
                 os.replace(part, path)
                 return path
@@ -456,4 +456,4 @@ def check_members(content: zipfile.ZipFile, archive: Path) -> dict[zipfile.ZipIn
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

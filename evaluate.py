@@ -33,7 +33,7 @@ from model import CaptionModel, ModelEnsemble
 from onnx_model import OnnxModel
 from readers import DATASETS, Record, load_split
 from shards import SPLITS
-from util import distributed, files
+from util import distributed, files, program
 from util.files import UserError
 from util.images import read_image, report_left_out
 from util.tars import check_allowed
@@ -438,7 +438,7 @@ def is_report(path: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Score a model on a split and print the scores."""
-    config = files.parse(
+    config = program.parse(
         Config, argv, program="evaluate.py", description="Caption a split and score the captions."
     )
     check_outputs(config)
@@ -456,4 +456,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

@@ -10,7 +10,7 @@ from typing import Any
 
 from model import CaptionModel, checkpoint_file, mean_model, read_metadata
 from onnx_model import FORMAT, is_onnx, step_file, write_onnx
-from util import files
+from util import files, program
 from util.files import UserError
 
 
@@ -90,10 +90,10 @@ def main(argv: list[str] | None = None) -> None:
     import tyro
 
     flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
-    config = files.parse(flags, argv, program="export.py", description="Write a model to share.")
+    config = program.parse(flags, argv, program="export.py", description="Write a model to share.")
     for path in export(config.checkpoint, config.output, config.average, int8=config.int8):
-        print(f"{files.printable(path)}: {path.stat().st_size / 1e6:.1f} MB")
+        print(f"{program.printable(path)}: {path.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

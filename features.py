@@ -43,7 +43,7 @@ from encoder import (
 )
 from readers import DATASETS, Record, load_splits
 from shards import write_shards
-from util import cache, files
+from util import cache, files, program
 from util.cache import FeatureCache, digest
 from util.extraction import bring_up_to_date, is_complete, is_started
 from util.files import UserError
@@ -337,7 +337,7 @@ def lists_shards(path: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> None:
     """Write the splits that the dataset has as tar shards."""
-    config = files.parse(
+    config = program.parse(
         Config, argv, program="features.py", description="Write a dataset as tar shards."
     )
     files.check_output(config.json, [".json"], [config.shards / "index.json"])
@@ -358,11 +358,11 @@ def main(argv: list[str] | None = None) -> None:
     for split, parts in written.items():
         images, captions = (sum(one[name] for one in parts) for name in ("images", "captions"))
         print(f"{split}: {images} images with {captions} captions in {len(parts)} shards")
-    folder = files.printable(config.shards)
+    folder = program.printable(config.shards)
     print(f"train from them: python train.py --dataset shards --data-dir {folder}")
     if config.json:
         files.write_json(config.json, {"dataset": index["dataset"], "splits": written})
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from decoding import Decoded, DecodingConfig, decode, to_captions
 from encoder import PRECISIONS, Encoder, image_transform, pick_dtype, prepare_encoder
 from model import checkpoint_file, load_models
-from util import distributed, files, results
+from util import distributed, files, program, results
 from util.distributed import pick_device
 from util.files import UserError
 from util.images import drop_traceback, read_ahead, read_image
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
     flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
     about = {"program": "inference.py", "description": "Caption images."}
     with distributed.join(MAX_WAIT):
-        config = distributed.on_main(lambda: files.parse(flags, argv, **about))
+        config = distributed.on_main(lambda: program.parse(flags, argv, **about))
         threads.set_up_process(config.threads)
         job = distributed.on_main(lambda: plan(config))
         outputs = config.outputs
@@ -393,7 +393,7 @@ def caption_share(captioner: Captioner, job: Job, config: Config) -> Tally:
             try:
                 write(result)
             except UserError as bad_name:
-                print(f"left out: {files.one_line(str(bad_name))}", file=sys.stderr)
+                print(f"left out: {program.one_line(str(bad_name))}", file=sys.stderr)
                 if not result.error:
                     tally.count_error(bad_name)
             if outputs.json and result.captions:
@@ -406,10 +406,10 @@ def caption_share(captioner: Captioner, job: Job, config: Config) -> Tally:
 def print_captions(result: Result, with_name: bool) -> None:
     """Print a line per caption, if `with_name` after the image's name; errors go to stderr."""
     if result.error and with_name:
-        print(f"left out: {files.printable(result.error)}", file=sys.stderr)
-    name = f"{files.printable(result.image)}\t" if with_name else ""
+        print(f"left out: {program.printable(result.error)}", file=sys.stderr)
+    name = f"{program.printable(result.image)}\t" if with_name else ""
     for each in result.captions:
-        print(f"{name}{files.printable(each.text)}", flush=True)
+        print(f"{name}{program.printable(each.text)}", flush=True)
 
 
 def write_attention(captioner: Captioner, image: Path, path: Path) -> None:
@@ -426,4 +426,4 @@ def write_attention(captioner: Captioner, image: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

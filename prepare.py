@@ -20,7 +20,7 @@ from inference import SHIPPED
 from model import CaptionModel, add_rows, read_metadata
 from readers import Record, data_folder, keep_readable
 from trainer import Trainer
-from util import distributed, files
+from util import distributed, program
 from util.distributed import pick_device
 from util.files import UserError
 from vocabulary import Vocabulary, list_words
@@ -96,7 +96,7 @@ def choose_vocabulary(
     new = {word: count for word, count in counts.items() if count >= least}
     rare = {word: count for word, count in counts.items() if count < least}
     if new:
-        name = files.printable(config.train.init_from)
+        name = program.printable(config.train.init_from)
         print(f"new words, beside the {len(known.known)} of {name}: {list_words(new)}")
     if rare:
         log.warning(

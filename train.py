@@ -40,7 +40,7 @@ from prepare import (
 )
 from readers import Record
 from trainer import Trainer
-from util import distributed, files, plots
+from util import distributed, files, plots, program
 from util.checkpoints import load_state, run_folder, save_state, write_metrics
 from util.files import UserError
 from util.images import read_image
@@ -120,7 +120,7 @@ def train(config: Config) -> dict[str, Any]:
         if resume and not state:
             check_not_begun(folder)
             print(
-                f"{files.printable(folder)} has no training state yet: training starts with the "
+                f"{program.printable(folder)} has no training state yet: training starts with the "
                 "first step"
             )
         source = init_checkpoint(config, folder, resumed=bool(state))
@@ -155,7 +155,7 @@ def train(config: Config) -> dict[str, Any]:
                 write_state(folder, trainer)
                 print(
                     f"stopped after step {trainer.step_number}; go on: --resume --output "
-                    f"{files.printable(folder)}"
+                    f"{program.printable(folder)}"
                 )
                 raise KeyboardInterrupt from None
 
@@ -299,7 +299,7 @@ def finish(
             "no epoch was better than epoch 0: the best model is the one that training started "
             "from; a lower --lr may help, or more images"
         )
-    print(f"caption an image: python inference.py IMAGE --checkpoint {files.printable(folder)}")
+    print(f"caption an image: python inference.py IMAGE --checkpoint {program.printable(folder)}")
     return report
 
 
@@ -313,10 +313,10 @@ def finish_split(
     )
     if distributed.is_main():
         write_samples(folder / "samples" / f"{label}.png", records, captions)
-        print(files.printable(f"{label}, {len(records)} images, beam {decoding.beam_size}"))
+        print(program.printable(f"{label}, {len(records)} images, beam {decoding.beam_size}"))
         print_scores(scores)
         for image_id in list(captions)[:3]:
-            print(f"    {files.printable(f'{image_id}: {captions[image_id]}')}")
+            print(f"    {program.printable(f'{image_id}: {captions[image_id]}')}")
     return {**scores, "images": len(records), "decoding": asdict(decoding)}
 
 
@@ -356,10 +356,10 @@ def print_start(
     for corpus in corpora:
         images = ", ".join(f"{len(every)} {split}" for split, every in corpus.records.items())
         words = f", {len(model.vocabulary)} words" if corpus is corpora[-1] else ""
-        print(f"{files.printable(corpus.name)}: {images} images{words}")
+        print(f"{program.printable(corpus.name)}: {images} images{words}")
     print(
         f"{model.encoder.name} + {config.decoder.decoder}, {trainable / 1e6:.1f} million weights "
-        f"to train, on {next(model.parameters()).device}; run folder {files.printable(folder)}",
+        f"to train, on {next(model.parameters()).device}; run folder {program.printable(folder)}",
         flush=True,
     )
 
@@ -376,7 +376,7 @@ def print_row(row: dict[str, Any], device: torch.device) -> None:
     if row["val_loss"] is not None:
         parts.append(f"val loss {row['val_loss']:.3f}")
         own = [f"{name[6:]} {row[name]:.3f}" for name in row if name.startswith("CIDEr ")]
-        each = files.printable(f" ({', '.join(own)})") if own else ""
+        each = program.printable(f" ({', '.join(own)})") if own else ""
         parts += [f"CIDEr {row['CIDEr']:.3f}{each}", f"BLEU-4 {row['BLEU-4']:.3f}"]
         parts.append(f"bad endings {row['bad_endings']:.1%}, repeats {row['repeats']:.1%}")
     parts.append(f"{row['seconds']:.0f} s")
@@ -394,4 +394,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

@@ -20,7 +20,7 @@ import neighbours  # noqa: E402
 import rows as benchmarks  # noqa: E402
 from machine import Machine, choose_rows  # noqa: E402
 
-from util import files  # noqa: E402
+from util import files, program  # noqa: E402
 from util.distributed import pick_device  # noqa: E402
 
 
@@ -72,7 +72,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure the rows and print them."""
-    config = files.parse(
+    config = program.parse(
         Config, argv, program="bench.py", description="Compare speeds with the usual way."
     )
     files.check_writable(config.json)
@@ -92,4 +92,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

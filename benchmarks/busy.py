@@ -25,7 +25,7 @@ from encoder import Encoder  # noqa: E402
 from model import CaptionModel  # noqa: E402
 from train import train_epoch  # noqa: E402
 from trainer import Trainer  # noqa: E402
-from util import files  # noqa: E402
+from util import files, program  # noqa: E402
 from util.distributed import pick_device  # noqa: E402
 
 
@@ -97,7 +97,7 @@ def sum_covered(spans: Iterable[tuple[float, float]]) -> float:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure each number of images and print a table."""
-    config = files.parse(
+    config = program.parse(
         Config, argv, program="busy.py", description="Measure how busy training keeps the device."
     )
     files.check_writable(config.json)
@@ -115,4 +115,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

@@ -28,7 +28,7 @@ from decoding import beam_search  # noqa: E402
 from features import FeatureCache  # noqa: E402
 from losses import cross_entropy  # noqa: E402
 from readers import Record  # noqa: E402
-from util import files  # noqa: E402
+from util import files, program  # noqa: E402
 from util.files import UserError  # noqa: E402
 
 POSITIONS, CHANNELS = 4, 64
@@ -145,7 +145,7 @@ def time_captioning(decoder: Any, dataset: CaptionDataset, point: Point) -> floa
 
 def main(argv: list[str] | None = None) -> None:
     """Measure every point and print a table."""
-    config = files.parse(Config, argv, program="growth.py", description="Measure how cost grows.")
+    config = program.parse(Config, argv, program="growth.py", description="Measure how cost grows.")
     files.check_writable(config.json, config.picture)
     unknown = set(config.vary) - set(VARIED)
     if unknown:
@@ -206,4 +206,4 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

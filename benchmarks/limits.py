@@ -22,7 +22,7 @@ from synthetic import CHANNELS, MEAN_LENGTH, PER_IMAGE, POSITIONS, WORDS  # noqa
 import train  # noqa: E402
 from decoder import DecoderConfig  # noqa: E402
 from encoder import multiplies_bfloat16  # noqa: E402
-from util import files  # noqa: E402
+from util import files, program  # noqa: E402
 from util.files import UserError  # noqa: E402
 
 RESNET50 = 4.09e9  # multiply-adds per image of 224 x 224 (torchvision's number)
@@ -112,7 +112,7 @@ def compute_limits() -> dict[str, tuple[float, float, str]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the limit of each row and the share of it that was reached."""
-    config = files.parse(
+    config = program.parse(
         Config,
         argv,
         program="limits.py",
@@ -134,4 +134,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

@@ -26,7 +26,7 @@ from machine import Machine, Seconds, choose_rows  # noqa: E402
 from peer_rows import Bench, Row, is_installed  # noqa: E402
 
 from inference import SHIPPED  # noqa: E402
-from util import files  # noqa: E402
+from util import files, program  # noqa: E402
 from util.distributed import pick_device  # noqa: E402
 from util.files import UserError  # noqa: E402
 
@@ -107,7 +107,7 @@ def format_table(rows: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure the rows and print them."""
-    config = files.parse(
+    config = program.parse(
         Config, argv, program="peers.py", description="Compare speeds with other programs."
     )
     files.check_writable(config.json)
@@ -138,4 +138,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

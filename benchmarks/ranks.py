@@ -29,7 +29,7 @@ from encoder import Encoder  # noqa: E402
 from model import CaptionModel  # noqa: E402
 from train import train_epoch  # noqa: E402
 from trainer import Trainer  # noqa: E402
-from util import distributed, files  # noqa: E402
+from util import distributed, files, program  # noqa: E402
 from util.distributed import pick_device  # noqa: E402
 from util.files import UserError  # noqa: E402
 
@@ -125,7 +125,7 @@ def run_job(processes: int, images: int, config: Config) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure every job and print a table."""
-    config = files.parse(
+    config = program.parse(
         Config, argv, program="ranks.py", description="Measure a step in several processes."
     )
     files.check_writable(config.json)
@@ -159,4 +159,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         worker(*sys.argv[2:])
     else:
-        files.run(main)
+        program.run(main)

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from synthetic import PER_IMAGE, captions  # noqa: E402
 
 from readers import Record, load_split  # noqa: E402
-from util import files  # noqa: E402
+from util import files, program  # noqa: E402
 from vocabulary import Vocabulary  # noqa: E402
 
 DISTINCT = 1000  # images with captions of their own; the others repeat them
@@ -116,7 +116,7 @@ def measure(folder: Path, layout: str, images: int) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     """Measure each size and print a table."""
     description = "Measure how memory and time grow with the number of captions."
-    config = files.parse(Config, argv, program="scale.py", description=description)
+    config = program.parse(Config, argv, program="scale.py", description=description)
     files.check_writable(config.json)
     context, rows = multiprocessing.get_context("spawn"), []
     print("| captions | memory, bytes per caption | peak, bytes per caption | peak, MB | "
@@ -140,4 +140,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

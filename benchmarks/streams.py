@@ -24,7 +24,7 @@ from dataset import Batch, CaptionDataset, get_loader, stream_loader  # noqa: E4
 from encoder import image_transform  # noqa: E402
 from readers import Record  # noqa: E402
 from shards import write_shards  # noqa: E402
-from util import files  # noqa: E402
+from util import files, program  # noqa: E402
 
 ROUNDS = 3
 
@@ -86,7 +86,7 @@ def select_best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     """Measure and print a table."""
     description = "Measure images per second to and from tar shards."
-    config = files.parse(Config, argv, program="streams.py", description=description)
+    config = program.parse(Config, argv, program="streams.py", description=description)
     files.check_writable(config.json)
     count, rows = config.images, []
     with tempfile.TemporaryDirectory(dir=config.folder) as temporary:
@@ -126,4 +126,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

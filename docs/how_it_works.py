@@ -25,7 +25,7 @@ from PIL import Image  # noqa: E402
 from decoding import DecodingConfig, decode  # noqa: E402
 from encoder import image_transform  # noqa: E402
 from model import CaptionModel  # noqa: E402
-from util import files, shapes  # noqa: E402
+from util import files, program, shapes  # noqa: E402
 from util.files import UserError  # noqa: E402
 from util.images import read_image  # noqa: E402
 from vocabulary import END, START  # noqa: E402
@@ -246,7 +246,7 @@ def highlight(image: Image.Image, attention: np.ndarray, highest: float) -> Imag
 
 def main(argv: list[str] | None = None) -> None:
     """Draw how a model makes a caption."""
-    config = files.parse(Config, argv, program="how_it_works.py", description="Draw a figure.")
+    config = program.parse(Config, argv, program="how_it_works.py", description="Draw a figure.")
     files.check_writable(config.output)
     model = CaptionModel.load(config.checkpoint).eval()
     if config.photo:
@@ -260,4 +260,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    files.run(main)
+    program.run(main)

@@ -24,7 +24,7 @@ def main():
         if how == "killed" and distributed.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         if how == "script" and distributed.is_main():
-            raise SystemExit(files.print_error("no such flag"))
+            raise SystemExit(program.print_error("no such flag"))
         told = {
             "gathered": distributed.gather(distributed.rank() * 10),
             "shared": distributed.broadcast(f"of {distributed.rank()}"),
@@ -37,7 +37,7 @@ def main():
             json.dump(told, file)
         print("the end")
 
-files.run(main)
+program.run(main)
 """
 
 

@@ -118,13 +118,13 @@ def test_the_readmes_commands_parse(command, monkeypatch):
     class ParsedError(Exception):
         pass
 
-    original = script.files.parse
+    original = script.program.parse
 
     def parse(*args, **keywords):
         original(*args, **keywords)
         raise ParsedError
 
-    monkeypatch.setattr(script.files, "parse", parse)
+    monkeypatch.setattr(script.program, "parse", parse)
     # The runs and models that commands name are not there; the defaults are the flags' own.
     monkeypatch.setattr("config.read_run", lambda chosen: {})
     monkeypatch.setattr("config.read_sizes", lambda checkpoint: {})

@@ -18,7 +18,7 @@ from decoding import beam_search
 from encoder import BACKBONES, Encoder
 from losses import cross_entropy
 from model import CaptionModel, checkpoint_file, read_metadata
-from util import files
+from util import files, program
 from util.quantization import dequantize
 from vocabulary import END, PAD, START, Vocabulary
 
@@ -398,7 +398,7 @@ def test_weights_that_do_not_fit_their_header_are_named_in_a_few_words(saved, ch
         ValueError, match=r"best.safetensors has other weights than its header says"
     ) as error:
         CaptionModel.load(rewritten(saved, change))
-    assert len(files.explain(error.value)) < 500 + len(str(saved))
+    assert len(program.explain(error.value)) < 500 + len(str(saved))
 
 
 CONV = "encoder.cnn.conv4.weight"

@@ -13,7 +13,7 @@ import export
 import inference
 from encoder import MEAN, STD, TRANSFORM
 from inference import Captioner
-from util import files
+from util import files, program
 
 HOWS = (
     {"method": "greedy", "n": 1},
@@ -238,7 +238,7 @@ def test_metadata_that_this_version_would_not_write_are_one_line(
     path = changed(exported, tmp_path, **{name: value})
     with pytest.raises(files.UserError) as error:
         Captioner.load(path)
-    said = files.one_line(str(error.value))
+    said = program.one_line(str(error.value))
     assert "model.onnx" in said and len(said) < 400 + 3 * len(str(tmp_path))
     assert capfd.readouterr() == ("", "")
 

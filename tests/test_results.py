@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from readers import read_table
-from util import files, results
+from util import program, results
 from util.files import UserError
 from util.results import Caption, Result
 
@@ -48,11 +48,11 @@ def test_a_formula_is_neutralised_in_every_column_of_text(text, tmp_path):
     with path.open(newline="", encoding="utf-8") as file:
         _, first, second = csv.reader(file)
     assert (first[0][0], first[1][0]) == ("'", "'")
-    assert second[3] == results.escape_cell(files.one_line(text))
+    assert second[3] == results.escape_cell(program.one_line(text))
     assert float(first[2]) < 0  # a number is not text
     back = read(path, "csv")
     assert (back[0].image, back[0].captions[0].text) == (text, text)
-    assert back[1].error == files.one_line(text)
+    assert back[1].error == program.one_line(text)
 
 
 def test_the_dataset_reader_undoes_what_the_spreadsheet_needs(tmp_path):

@@ -293,7 +293,7 @@ def test_a_run_killed_in_the_second_stage_resumes_to_the_same_weights(
             if self.step_number == {step}:  # six steps an epoch, two epochs a stage
                 os.kill(os.getpid(), signal.SIGTERM)
         trainer.Trainer.finish_step = stopping
-        files.run(lambda: train.main(sys.argv[1:]))
+        program.run(lambda: train.main(sys.argv[1:]))
     """
     stopped = run_code(code, *CRITICAL, "--data-dir", str(drawn), "--output", str(folder))
     assert stopped.returncode == 130, stopped.stderr

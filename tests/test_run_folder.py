@@ -17,7 +17,7 @@ from helpers.tiny import SMALL, assert_same_run, run_script, tiny_model
 import train
 import trainer
 from model import CaptionModel, read_metadata
-from util import checkpoints, files, plots
+from util import checkpoints, files, plots, program
 
 if os.name == "posix":
     import resource
@@ -236,7 +236,7 @@ def as_nobody(argv: list[str], said: Path) -> None:
     with said.open("w") as out, contextlib.redirect_stderr(out):
         if os.geteuid() == 0:
             os.setuid(65534)
-        files.run(lambda: train.main(argv))
+        program.run(lambda: train.main(argv))
 
 
 def test_a_folder_without_permission_is_one_line_before_any_work(tmp_path):

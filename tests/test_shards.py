@@ -224,7 +224,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_shard(drawn, tmp_path):
         from util import files
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
-        files.run(lambda: features.main(sys.argv[1:]))
+        program.run(lambda: features.main(sys.argv[1:]))
     """
     flags = ["--shards", str(tmp_path), "--dataset", "shapes", "--data-dir", str(drawn)]
     full = run_code(code, *flags, "--shard-size", "10")

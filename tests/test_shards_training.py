@@ -242,7 +242,7 @@ STOPPED = """
         if self.step_number == 8:
             os.kill(os.getpid(), signal.SIGTERM)
     trainer.Trainer.finish_step = stopping
-    files.run(lambda: train.main(sys.argv[1:]))
+    program.run(lambda: train.main(sys.argv[1:]))
 """
 
 

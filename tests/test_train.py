@@ -45,7 +45,7 @@ STOPPED = """
         if self.step_number == 8:  # epochs have six steps: in the middle of the second
             os.kill(os.getpid(), signal.{signal})
     trainer.Trainer.finish_step = stopping
-    files.run(lambda: train.main(sys.argv[1:]))
+    program.run(lambda: train.main(sys.argv[1:]))
 """
 
 
@@ -148,7 +148,7 @@ FULL_DISK = """
             resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
         original(folder, state)
     train.save_state = save
-    files.run(lambda: train.main(sys.argv[1:]))
+    program.run(lambda: train.main(sys.argv[1:]))
 """
 
 

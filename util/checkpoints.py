@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from util import distributed, files
+from util import distributed, files, program
 from util.files import UserError
 from util.states import check_state, check_torch_file
 
@@ -133,7 +133,7 @@ def load_state(folder: Path) -> dict[str, Any] | None:
         try:
             return _read_state(folder / name)
         except Exception as error:
-            reason = files.explain(error).splitlines()[0]
+            reason = program.explain(error).splitlines()[0]
             faults.append(f"{folder / name} can't be read ({reason})")
             log.warning("%s", faults[-1])
     if faults:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from util import distributed, files, results, sidecars
+from util import distributed, files, program, results, sidecars
 from util.files import UserError
 from util.images import drop_traceback, walk_images
 from util.results import Caption, Result
@@ -142,7 +142,7 @@ def continue_job(
     if config.json and (lacking := done - sum(image in kept for image in images)):
         # A gallery page has no scores, nor does a row that was written by hand.
         message += f", but no scores of {lacking}: they are left out of {config.json}"
-    print(files.printable(message), file=sys.stderr)
+    print(program.printable(message), file=sys.stderr)
     return job._replace(
         images=images, remaining=remaining, captioned=captioned, settings=all_settings, entries=kept
     )
@@ -188,7 +188,7 @@ def find_images(
     if not images:
         raise UserError("; ".join(problems))
     for problem in problems:
-        print(f"left out: {files.one_line(problem)}", file=sys.stderr)
+        print(f"left out: {program.one_line(problem)}", file=sys.stderr)
     return images, len(problems)
 
 
@@ -225,7 +225,7 @@ def write_files(
         error = caught
     if error:
         tally.count_error(error)
-    return Result(image, captions, files.one_line(files.explain(error)) if error else "")
+    return Result(image, captions, program.one_line(program.explain(error)) if error else "")
 
 
 # --- the JSON file

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from util import files
+from util import files, program
 from util.files import UserError
 from util.images import EXTENSIONS
 
@@ -105,7 +105,7 @@ def format_line(format: str, result: Result, n: int, folder: Path) -> str:
     """Return the line of a result in a file in `folder`: CSV cells, a JSON object, or a figure."""
     if format == "jsonl":
         return json.dumps(result.to_json(), ensure_ascii=False) + "\n"
-    error = files.one_line(result.error)
+    error = program.one_line(result.error)
     texts = [re.sub(r"[\r\n]+", " ", each.text) for each in result.captions]
     if format == "csv":
         scores = ["" if math.isnan(each.score) else f"{each.score:.4f}" for each in result.captions]
@@ -208,7 +208,7 @@ def open_results(file: Any, format: str, n: int) -> Iterator[Callable[[Result], 
             raise UserError(f"the file name {result.image!r} has a line break; rename it")
         line = format_line(format, result, n, folder)
         # Programs get the content as it is, people at a terminal what is safe to show.
-        stream.write(f"{files.printable(line.rstrip())}\n" if stream.isatty() else line)
+        stream.write(f"{program.printable(line.rstrip())}\n" if stream.isatty() else line)
         stream.flush()
 
     with contextlib.ExitStack() as stack:
@@ -294,9 +294,10 @@ def read_rows(path: Path, format: str, n: int) -> Iterator[tuple[Result | None, 
                     result = parse_line(format, line, n)
                 except NO_RESULT as error:
                     if is_complete:
+                        why = program.explain(error)[:60]
                         raise UserError(
-                            f"line {number} of {path} is no result ({files.explain(error)[:60]}); "
-                            "correct it, or name another --output"
+                            f"line {number} of {path} is no result ({why}); correct it, or name "
+                            "another --output"
                         ) from error
                     log.warning("%s ends in half a row, which is left out: %s", path, line[:200])
             yield result, line

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 import download_data
-from util import files
+from util import program
 
 PHOTO = random.Random(0).randbytes(600_000)  # several chunks, and zip can't shrink it
 PHOTOS = {"Flicker8k_Dataset/1.jpg": PHOTO, "Flicker8k_Dataset/2.jpg": b"second"}
@@ -155,7 +155,7 @@ def error_of(root, capsys, *flags):
     """Return the one line that the script leaves on stderr with exit code 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        files.run(lambda: get(root, *flags))
+        program.run(lambda: get(root, *flags))
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2
     assert len(lines) == 1

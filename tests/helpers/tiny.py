@@ -21,7 +21,7 @@ from decoder import DecoderConfig
 from encoder import Encoder
 from model import CaptionModel
 from trainer import Trainer
-from util import files
+from util import files, program
 from vocabulary import Vocabulary
 
 METHODS = tuple(decoding.METHODS)
@@ -60,7 +60,7 @@ def run_script(script, *argv, capsys):
     """Return exit code, stdout and stderr of a script's `main` as its command line runs it."""
     code = 0
     try:
-        files.run(lambda: script.main([str(word) for word in argv]))
+        program.run(lambda: script.main([str(word) for word in argv]))
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()

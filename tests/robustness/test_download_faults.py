@@ -28,7 +28,7 @@ from helpers.mirrors import (
 )
 
 import download_data
-from util import files
+from util import program
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -89,7 +89,7 @@ def test_a_part_as_long_as_the_file_or_longer_is_judged_by_its_checksum(
 def test_ctrl_c_leaves_a_part_that_the_next_run_continues(root, mirror, offered, capsys):
     mirror.faults["/one/Flickr8k_Dataset.zip"] = ["is interrupted"]
     with pytest.raises(SystemExit) as stop:
-        files.run(lambda: get(root))
+        program.run(lambda: get(root))
     assert stop.value.code == 130
     assert "Traceback" not in capsys.readouterr().err
     have = (root / "flickr8k/archives/Flickr8k_Dataset.zip.part").stat().st_size
@@ -350,7 +350,7 @@ from util import files
 {patch}
 rows = tuple(download_data.File(*row[:4], tuple(row[4])) for row in {rows!r})
 download_data.DATASETS["flickr8k"] = rows
-files.run(lambda: download_data.main(["--root", sys.argv[1]]))
+program.run(lambda: download_data.main(["--root", sys.argv[1]]))
 """
 DIES = """
 import os, shutil

@@ -26,7 +26,7 @@ from helpers.caches import (
 import features
 from encoder import image_transform
 from features import FeatureCache, describe
-from util import extraction, files
+from util import extraction, program
 from util.images import read_image
 
 # Fixtures, made once for this file.
@@ -145,7 +145,7 @@ def test_a_signal_saves_all_progress(number, reference, records, encoder, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(features, "read_image", stopping)
         with pytest.raises(SystemExit) as stop:
-            files.run(lambda: build(records, encoder, tmp_path))
+            program.run(lambda: build(records, encoder, tmp_path))
     assert stop.value.code == 130
     again = stop_after(monkeypatch, 99)
     assert contents(build(records, encoder, tmp_path)) == contents(reference)

@@ -24,7 +24,7 @@ import evaluate
 from inference import Captioner
 from model import CaptionModel
 from readers import load_split
-from util import files
+from util import program
 from vocabulary import Vocabulary
 
 SECONDS, MEMORY = 20, 3 << 30  # for one file; 3 GiB is what the largest picture takes, and a half
@@ -231,7 +231,7 @@ def damaged_model(number: int, folder: Path) -> bytes:
 
 def check_refusal(error: Exception, folder: Path, what: str) -> None:
     """Fail unless an error is one line that names a file, of a length that can be read."""
-    said = files.one_line(files.explain(error))
+    said = program.one_line(program.explain(error))
     named = str(folder) in said or "too many to leave out" in said  # which lists the images
     assert named and len(said) < 1500 and said.isprintable(), (what, said)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import evaluate
 from decoding import beam_search, greedy
 from readers import load_split, read_table, read_token_file
-from util import files
+from util import program
 from vocabulary import Vocabulary, split_words
 
 # Any line of a text file: no line ends, and no lone surrogates, which UTF-8 cannot encode.
@@ -118,7 +118,7 @@ def test_a_reader_accepts_any_content_or_raises_one_clear_line(name, content, fo
         READERS[name](path)
     except (ValueError, OSError) as error:
         assert str(path.parent) in str(error)
-        assert files.one_line(str(error)).isprintable()
+        assert program.one_line(str(error)).isprintable()
 
 
 # --- words

@@ -19,7 +19,7 @@ EXACT = [*SMALL, "--epochs", "3", "--no-amp", "--dropout", "0", "--device", "cpu
 TRAIN = """
 import train
 from util import files
-files.run(train.main)
+program.run(train.main)
 """
 
 # The second process alone is asked to stop, or killed, after its eighth step; once.
@@ -39,7 +39,7 @@ def broken(self, words):
         os.kill(os.getpid(), number)
 
 trainer.Trainer.finish_step = broken
-files.run(train.main)
+program.run(train.main)
 """
 
 
@@ -147,7 +147,7 @@ def test_two_processes_draw_captions_of_their_own_and_share_the_reward(drawn, tm
 def test_two_processes_score_as_one(alone, drawn, tmp_path):
     flags = ["--checkpoint", alone, "--dataset", "shapes", "--data-dir", drawn, "--no-java"]
     flags += ["--limit", "7", "--json"]  # an odd number: their shares differ
-    script = "import evaluate; from util import files; files.run(evaluate.main)"
+    script = "import evaluate; from util import files; program.run(evaluate.main)"
     run = torchrun(script, *flags, tmp_path / "two.json")
     assert run.returncode == 0, run.stderr
     evaluate.main([*map(str, flags), str(tmp_path / "one.json")])

@@ -81,7 +81,7 @@ def live(folder):
         os.dup2(said.fileno(), 1), os.dup2(said.fileno(), 2)
         code = 1
         try:
-            files.run(lambda: train.main(argv))
+            program.run(lambda: train.main(argv))
             code = 0
         except SystemExit as stop:
             code = stop.code
