@@ -24,10 +24,12 @@ from util.files import IDENTITY, UserError
 from util.layers import (
     Dropout,
     Grid,
+    Linear,
     PackedWords,
     compute_attention,
     compute_scores,
     join_heads,
+    linear,
     split_heads,
     to_device,
 )
@@ -103,16 +105,16 @@ class Block(nn.Module):
         width, self.heads = config.d_model, config.n_head
         # Norm before each sublayer, not after it: trains stably at any depth (arXiv 2002.04745).
         self.norm_self, self.norm_cross, self.norm_mlp = (nn.LayerNorm(width) for _ in range(3))
-        self.qkv = nn.Linear(width, 3 * width)
-        self.self_out = nn.Linear(width, width)
-        self.query = nn.Linear(width, width)
-        self.key_value = nn.Linear(width, 2 * width)
-        self.cross_out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.self_out = Linear(width, width)
+        self.query = Linear(width, width)
+        self.key_value = Linear(width, 2 * width)
+        self.cross_out = Linear(width, width)
         self.mlp = nn.Sequential(
-            nn.Linear(width, config.fc_dim),
+            Linear(width, config.fc_dim),
             nn.GELU(),
             Dropout(config.dropout),
-            nn.Linear(config.fc_dim, width),
+            Linear(config.fc_dim, width),
         )
         self.dropout = Dropout(config.dropout)
 
@@ -179,7 +181,7 @@ class Decoder(nn.Module):
         """For V = `vocabulary` words and images of S = `positions` with C = `channels` each."""
         super().__init__()
         self.longest, self.positions = config.seq_len, positions
-        self.project = nn.Linear(channels, config.d_model)
+        self.project = Linear(channels, config.d_model)
         self.embedding = nn.Embedding(vocabulary, config.d_model)
         # The output layer multiplies by the same matrix: with variance 1/D its logits start near
         # unit variance.
@@ -257,7 +259,7 @@ class Transformer(Decoder):
 
     def compute_logits(self, x: Tensor) -> Tensor:
         """Return logits (..., V) of the last layer's output (..., D)."""
-        return F.linear(self.norm(x), self.output_weight)
+        return linear(self.norm(x), self.output_weight)
 
     def forward(
         self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
@@ -320,7 +322,7 @@ class LSTM(Decoder):
         sizes = config.d_model, config.fc_dim, config.n_decode
         self.norm_image = nn.LayerNorm(config.d_model)
         self.lstm = nn.LSTM(*sizes, batch_first=True, dropout=between)
-        self.output = nn.Linear(config.fc_dim, config.d_model)
+        self.output = Linear(config.fc_dim, config.d_model)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def encode(self, features: Tensor) -> Tensor:
@@ -341,7 +343,7 @@ class LSTM(Decoder):
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """Return logits (..., V) of the LSTM's output (..., fc_dim)."""
-        return F.linear(self.output(self.dropout(hidden)), self.output_weight, self.bias)
+        return linear(self.output(self.dropout(hidden)), self.output_weight, self.bias)
 
     def forward(
         self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False
@@ -395,14 +397,14 @@ class AttentionLSTM(Decoder):
         super().__init__(config, vocabulary, channels, positions)
         width, hidden, self.layers = config.d_model, config.fc_dim, config.n_decode
         self.norm_image = nn.LayerNorm(width)
-        self.key, self.query = nn.Linear(width, width), nn.Linear(hidden, width)
-        self.score = nn.Linear(width, 1)
-        self.gate = nn.Linear(hidden, width)
-        self.first = nn.Linear(width, 2 * hidden * self.layers)
+        self.key, self.query = Linear(width, width), Linear(hidden, width)
+        self.score = Linear(width, 1)
+        self.gate = Linear(hidden, width)
+        self.first = Linear(width, 2 * hidden * self.layers)
         self.cells = nn.ModuleList(
             nn.LSTMCell(hidden if layer else 2 * width, hidden) for layer in range(self.layers)
         )
-        self.hidden_out, self.seen_out = nn.Linear(hidden, width), nn.Linear(width, width)
+        self.hidden_out, self.seen_out = Linear(hidden, width), Linear(width, width)
         self.bias = nn.Parameter(torch.zeros(vocabulary))
 
     def encode(self, features: Tensor) -> Tensor:
@@ -442,7 +444,7 @@ class AttentionLSTM(Decoder):
     def compute_logits(self, x: Tensor, hidden: Tensor, context: Tensor) -> Tensor:
         """Return logits (..., V) from the last word (..., D), h (..., fc_dim), context (..., D)."""
         x = x + self.hidden_out(self.dropout(hidden)) + self.seen_out(context)
-        return F.linear(self.dropout(x.tanh()), self.output_weight, self.bias)
+        return linear(self.dropout(x.tanh()), self.output_weight, self.bias)
 
     def forward(
         self, memory: Tensor, tokens: Tensor, owner: Tensor, attention: bool = False

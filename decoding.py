@@ -128,13 +128,15 @@ def sample(
             row.uniform_(generator=torch.Generator().manual_seed(seed))
 
     def choose(log_probs: Tensor, alive: Tensor, position: int) -> Tensor:
+        nonlocal uniform
         # With the maximum at 0, no temperature turns all logits into minus infinity.
         logits = (log_probs - log_probs.amax(-1, keepdim=True)) / temperature
         probs = filter_words(logits, top_k, top_p).softmax(-1)
         if uniform is None:
             numbers = torch.rand(probs.shape[:2], generator=generator, device=probs.device)
         else:
-            numbers = uniform[..., position].to(probs.device)[alive]
+            uniform = uniform.to(probs.device)  # a copy in the first step only
+            numbers = uniform[alive, :, position]
         return draw_words(probs, numbers)
 
     return generate(decoder, memory, n, choose, limits)
@@ -206,9 +208,11 @@ def generate(
         total, ended = total + gain, ended | (token == END)
         words = torch.cat([words, token[..., None]], -1)
         done = ended.all(-1)
-        if done.any():
-            tokens[alive[done], :, : position + 1] = words[done]
-            log_prob[alive[done]] = total[done]
+        # Counted here, and nowhere else: each count, and each index by booleans, waits for a GPU.
+        if len(leaving := done.nonzero()[:, 0]):
+            gone = alive[leaving]
+            tokens[gone, :, : position + 1] = words[leaving]
+            log_prob[gone] = total[leaving]
             rows = (~done).nonzero()[:, 0]
             if not len(rows):
                 break
@@ -282,9 +286,9 @@ def beam_search(
 
         done = can_stop(total[:, 0], finished.score, n, length, max_words + 1, length_penalty)
         done |= length > max_words
-        if done.any():
-            result.tokens[alive[done]] = finished.tokens[done, :n]
-            result.log_prob[alive[done]] = finished.log_prob[done, :n]
+        if len(leaving := done.nonzero()[:, 0]):
+            result.tokens[alive[leaving]] = finished.tokens[leaving, :n]
+            result.log_prob[alive[leaving]] = finished.log_prob[leaving, :n]
             rows = (~done).nonzero()[:, 0]
             if not len(rows):
                 break

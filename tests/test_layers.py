@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from util.layers import Dropout, PackedWords, compute_attention
+from util.layers import Dropout, Linear, PackedWords, compute_attention, linear
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -68,3 +68,28 @@ def test_packed_words_return_to_their_cells():
         assert grid.unpack(words)[..., 0].tolist() == expected
         assert torch.equal(grid.pack(grid.unpack(words)), words)
     assert packed.position.tolist() == [0, 1, 2, 0, 0, 1]
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 1), (1, 5), (8,), (9,), (3, 16)])
+@pytest.mark.parametrize("outputs", [8, 16, 300])
+def test_a_linear_layer_of_few_rows_is_torchs(shape, outputs):
+    torch.manual_seed(0)
+    layer, x = Linear(16, outputs), torch.rand(*shape, 16)
+    for bias in (layer.bias, None):
+        expected = F.linear(x, layer.weight, bias)
+        with torch.no_grad():
+            found = linear(x, layer.weight, bias)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        assert layer(x).equal(linear(x, layer.weight, layer.bias))
+    with pytest.raises(RuntimeError, match="shape"), torch.no_grad():
+        layer(x[..., :-1])
+
+
+def test_a_linear_layer_of_few_rows_has_torchs_gradients():
+    torch.manual_seed(0)
+    layer, x = Linear(4, 64), torch.rand(3, 4, requires_grad=True)
+    layer(x).square().sum().backward()
+    expected = torch.autograd.grad(F.linear(x, layer.weight, layer.bias).square().sum(), x)
+    torch.testing.assert_close(x.grad, *expected)

@@ -1,4 +1,4 @@
-"""Parts of decoders that have no weights: packed words, attention, dropout.
+"""Parts of decoders: linear layers, packed words, attention, dropout.
 
 B images · S image positions · D model width · T words · H heads · E = D/H · M captions in a batch
 N words in a batch
@@ -38,6 +38,34 @@ class SkipInit(TorchFunctionMode):
         if func in self.FILLS or getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `x @ weight.T + bias` (..., O) for `x` (..., I), `weight` (O, I), `bias` (O,).
+
+    As `F.linear`, and in half the time where a CPU decodes: with few rows, and a weight that has
+    more rows than columns, MKL is faster with the weight on the left.
+    """
+    rows = x.shape[:-1].numel() if x.device.type == "cpu" and not is_traced(x) else 0
+    large, small = weight.shape[0] > 8 * weight.shape[1], 2 <= rows <= 8
+    if not (small and weight.shape[0] >= weight.shape[1]) and not (large and rows > 1):
+        return F.linear(x, weight, bias)
+    columns = x.flatten(0, -2).t()
+    product = weight @ columns if bias is None else torch.addmm(bias[:, None], weight, columns)
+    return product.t().contiguous().view(*x.shape[:-1], -1)
+
+
+def is_traced(x: Tensor) -> bool:
+    """Return whether `x` is needed for gradients, or its operations are recorded for an export."""
+    return torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+class Linear(nn.Linear):
+    """A linear layer that is fast for few rows too, see `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (..., O) for `x` (..., I)."""
+        return linear(x, self.weight, self.bias)
 
 
 class Grid(NamedTuple):

@@ -70,7 +70,7 @@ DECODING = (
         ("temperature inverted", "keepdim=True)) / temperature", "keepdim=True)) * temperature"),
         ("the seed of an image is not used", "manual_seed(seed)", "manual_seed(0)"),
         ("each word is drawn with the first random number",
-         "uniform[..., position]", "uniform[..., 0]"),
+         "uniform[alive, :, position]", "uniform[alive, :, 0]"),
         ("random numbers of other images once some ended",
          ".to(probs.device)[alive]", ".to(probs.device)[: len(alive)]"),
         ("the seed of the configuration is not used",
