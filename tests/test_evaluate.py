@@ -156,13 +156,15 @@ def test_cached_features_give_the_captions_of_the_files(run, records, tmp_path):
     assert caption_all(model, records, cache=cache, batch_size=5, workers=0) == expected
 
 
-def test_features_of_few_batches_are_in_memory_at_once(run, records, tmp_path):
+@pytest.mark.parametrize("source", ["cache", "files"])
+def test_features_of_few_batches_are_in_memory_at_once(source, run, records, tmp_path):
     """So that memory does not grow with the split."""
-    model = Captioner.load(run, "cpu").model
-    features = cached_features(records, model.encoder, 64, tmp_path, "val", workers=0)
-    first = features.get(records[0].image_id)
-    cache = SimpleNamespace(get=lambda image_id: first)
-    records = [Record(number, Path("x.png"), ("a dog",)) for number in range(6 * 64)]
+    model, cache = Captioner.load(run, "cpu").model, None
+    if source == "cache":
+        features = cached_features(records, model.encoder, 64, tmp_path, "val", workers=0)
+        first = features.get(records[0].image_id)
+        cache = SimpleNamespace(get=lambda image_id: first)
+    records = [Record(number, records[0].path, ("a dog",)) for number in range(6 * 64)]
     batches, most = [], 0
 
     def watch(iterable):
