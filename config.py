@@ -19,7 +19,7 @@ import tyro
 from decoder import DecoderConfig
 from encoder import BACKBONES, EncoderConfig
 from losses import OBJECTIVES
-from model import read_metadata
+from model_file import read_metadata
 from readers import DATASETS
 from util import distributed, files, program
 from util.checkpoints import is_run_config

@@ -336,8 +336,9 @@ class DecodingConfig:
     """Beams K of beam search."""
     length_penalty: float = 0.7
     """Beam search ranks by log-probability / length to this power (0: short captions win)."""
-    no_repeat_ngram: int = 0
-    """No sequence of this many words occurs twice in a caption (0: off)."""
+    no_repeat_ngram: int | None = None
+    """No sequence of this many words occurs twice in a caption (0: off; default: what the model's
+    file asks for, else off)."""
     max_words: int | None = None
     """Longest caption in words (default: what the model was trained for)."""
     min_words: int = 1
@@ -371,11 +372,12 @@ class DecodingConfig:
 
 def decode(
     decoder: StepDecoder, memory: Any, config: DecodingConfig, *,
-    longest: int, n: int = 1, seeds: Sequence[int] | None = None,
+    longest: int, no_repeat_ngram: int = 0, n: int = 1, seeds: Sequence[int] | None = None,
 ) -> Decoded:  # fmt: skip
     """Return `n` captions per image as tokens (B, n, T), by the method that `config` names.
 
-    `longest` is the number of words that the model was built for (`seq_len`). `seeds`, one per
+    `longest` is the number of words that the model was built for (`seq_len`), `no_repeat_ngram`
+    what it asks for where `config` does not say. `seeds`, one per
     image (default: 0, 1, ...), are combined with `config.seed` for sampling. Raises UserError if
     more words or captions are asked for than possible.
     """
@@ -386,11 +388,13 @@ def decode(
         raise UserError(f"n {n} must be at least 1: the number of captions per image")
     if n > MAX_BEAMS:
         raise UserError(f"n {n} must be at most {MAX_BEAMS:,}")
+    if config.no_repeat_ngram is None:
+        config = replace(config, no_repeat_ngram=no_repeat_ngram)
     config = replace(config, max_words=max_words)
     return METHODS[config.method](decoder, memory, config, n, seeds)
 
 
-# Each method returns n captions per image; config.max_words is a number here.
+# Each method returns n captions per image; the limits in `config` are numbers here, not None.
 
 
 def decode_beam(decoder, memory, config, n, seeds) -> Decoded:

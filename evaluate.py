@@ -114,8 +114,10 @@ def caption_batch(
     """Return image id → caption."""
     device = next(model.parameters()).device
     memory = model.encode(*(features.to(device) for features in batch.features))
-    longest = model.config.seq_len
-    decoded = decode(model.decoder, memory, decoding, longest=longest, seeds=batch.seeds)
+    decoded = decode(
+        model.decoder, memory, decoding, seeds=batch.seeds,
+        longest=model.config.seq_len, no_repeat_ngram=model.no_repeat_ngram,
+    )  # fmt: skip
     captions = to_captions(model.vocabulary, decoded)
     return {
         record.image_id: best.text

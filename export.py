@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model import CaptionModel, checkpoint_file, mean_model, read_metadata
+from model import CaptionModel, mean_model
+from model_file import checkpoint_file, read_metadata, read_no_repeat_ngram
 from onnx_model import FORMAT, is_onnx, step_file, write_onnx
 from util import files, program
 from util.files import UserError
@@ -32,6 +33,9 @@ class Config:
     """Store the CNN's large matrices of a .safetensors file as int8, a scale per output channel:
     three fifths of the size for ResNet-50. A few captions change; earlier versions of this project
     do not read the file."""
+    no_repeat_ngram: int | None = None
+    """What captions of the model keep to where --no-repeat-ngram is not given with them: no
+    sequence of this many words occurs twice (default: as the checkpoint has it, else off)."""
 
 
 def write_half(
@@ -54,18 +58,26 @@ def is_exported(path: Path) -> bool:
 
 
 def export(
-    checkpoint: Path, output: Path, average: Sequence[Path] = (), *, int8: bool = False
+    checkpoint: Path,
+    output: Path,
+    average: Sequence[Path] = (),
+    *,
+    int8: bool = False,
+    no_repeat_ngram: int | None = None,
 ) -> list[Path]:
     """Write the model of a checkpoint in the form that the suffix of `output` names.
 
     With `average` it is the mean of all the checkpoints; with `int8` the CNN's large matrices of a
-    .safetensors file are in int8. Returns the files written; raises UserError where the suffix is
+    .safetensors file are in int8; `no_repeat_ngram` becomes the default of the model's captions.
+    Returns the files written; raises UserError where the suffix is
     not known, or has no int8, or a file would be lost that is not such a model.
     """
     if output.suffix not in FORMS:
         raise UserError(f"{output} has no known suffix; end it in {' or '.join(FORMS)}")
     if int8 and output.suffix != ".safetensors":
         raise UserError(f"--int8 is for .safetensors files, not for {output}; leave it out")
+    if no_repeat_ngram is not None:
+        read_no_repeat_ngram({"decoding": {"no_repeat_ngram": no_repeat_ngram}})
     checkpoints = [checkpoint, *average]
     written = [output, step_file(output)] if output.suffix == ".onnx" else [output]
     for path in written:
@@ -81,6 +93,8 @@ def export(
             key: headers[0][key] for key in ("scores", "training") if key in headers[0]
         }
     model = mean_model([CaptionModel.load(each) for each in checkpoints])
+    if no_repeat_ngram is not None:
+        model.no_repeat_ngram = no_repeat_ngram
     write = functools.partial(write_half, int8=True) if int8 else FORMS[output.suffix]
     return write(model, output, training_info)
 
@@ -91,7 +105,8 @@ def main(argv: list[str] | None = None) -> None:
 
     flags = tyro.conf.configure(tyro.conf.PositionalRequiredArgs)(Config)
     config = program.parse(flags, argv, program="export.py", description="Write a model to share.")
-    for path in export(config.checkpoint, config.output, config.average, int8=config.int8):
+    how = {"int8": config.int8, "no_repeat_ngram": config.no_repeat_ngram}
+    for path in export(config.checkpoint, config.output, config.average, **how):
         print(f"{program.printable(path)}: {path.stat().st_size / 1e6:.1f} MB")
 
 

@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from decoding import Decoded, DecodingConfig, decode, to_captions
 from encoder import PRECISIONS, Encoder, image_transform, pick_dtype, prepare_encoder
-from model import checkpoint_file, load_models
+from model import load_models
+from model_file import checkpoint_file
 from util import distributed, files, program, results
 from util.distributed import pick_device
 from util.files import UserError
@@ -210,8 +211,10 @@ class Captioner:
         seeds = [zlib.crc32(pixels.contiguous().numpy()) for pixels in inputs[0]]
         pairs = zip(self.encoders, inputs, strict=True)
         memory = self.model.encode(*(encode(pixels) for encode, pixels in pairs))
-        longest = self.model.config.seq_len
-        return memory, decode(self.model.decoder, memory, config, longest=longest, n=n, seeds=seeds)
+        return memory, decode(
+            self.model.decoder, memory, config, n=n, seeds=seeds,
+            longest=self.model.config.seq_len, no_repeat_ngram=self.model.no_repeat_ngram,
+        )  # fmt: skip
 
 
 def caption(

@@ -26,6 +26,7 @@ from decoding import State
 from encoder import LEAST_SIZE, MOST_SIZE, TRANSFORM, fingerprint, fold_batch_norm
 from masks import NEVER
 from model import CaptionModel
+from model_file import read_no_repeat_ngram
 from util import files
 from util.files import UserError
 from util.graphs import Graph, needs_packages, open_graph
@@ -84,6 +85,7 @@ class OnnxModel(nn.Module):
         try:
             self.vocabulary = check_metadata(metadata)
             check_signatures(self.graph, step_graph, metadata)
+            self.no_repeat_ngram = read_no_repeat_ngram(metadata)
         except UserError as error:
             raise UserError(
                 f"{path} is not a captioner that this version can use: {error}; export it again: "
@@ -270,6 +272,8 @@ def write_onnx(model: CaptionModel, output: Path, training_info: dict[str, Any])
         **describe(model.img_size),
         "shared": len(start.image),
     }
+    if model.no_repeat_ngram:
+        preparation["decoding"] = {"no_repeat_ngram": model.no_repeat_ngram}
     write_graph(output, image_graph, metadata | preparation)
     write_graph(step_file(output), step_graph, metadata)
     return [output, step_file(output)]

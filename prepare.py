@@ -17,7 +17,8 @@ from dataset import CaptionDataset, describe_changes, digest_records, get_loader
 from encoder import Encoder, build_encoder, get_backbone, image_transform, read_weights
 from features import cached_features
 from inference import SHIPPED
-from model import CaptionModel, add_rows, read_metadata
+from model import CaptionModel, add_rows
+from model_file import read_metadata
 from readers import Record, data_folder, keep_readable
 from trainer import Trainer
 from util import distributed, program

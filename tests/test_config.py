@@ -16,7 +16,7 @@ import features
 import inference
 import train
 from config import configure, flatten, unflatten
-from model import FORMAT
+from model_file import FORMAT
 from util import files
 
 CONFIGS = (train_config.Config, inference.Config, evaluate.Config, app.Config)

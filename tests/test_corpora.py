@@ -15,7 +15,8 @@ import train
 from config import configure
 from corpora import Corpus, join_train, mean_scores, name_corpora
 from dataset import CaptionDataset, get_loader, mix_evenly
-from model import CaptionModel, read_metadata
+from model import CaptionModel
+from model_file import read_metadata
 from util import files, plots
 from util.files import UserError
 

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 import export
 from encoder import image_transform
 from inference import Captioner
-from model import CaptionModel, read_metadata
+from model import CaptionModel
+from model_file import read_metadata
 
 
 @pytest.fixture
@@ -138,3 +139,23 @@ def test_a_file_of_another_kind_is_not_replaced(name, checkpoint, tmp_path, caps
 def test_an_export_of_before_is_written_again(checkpoint, tmp_path, capsys):
     for _ in range(2):
         assert run_script(export, checkpoint, tmp_path / "a.safetensors", capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".onnx"])
+def test_a_limit_of_repetitions_becomes_the_models_own(suffix, checkpoint, tmp_path, capsys):
+    if suffix == ".onnx":
+        for library in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(library)
+    limited, again, off = (tmp_path / f"{name}{suffix}" for name in ("limited", "again", "off"))
+    kept = tmp_path / "kept.safetensors"
+    for source, output, *flags in (
+        (checkpoint, limited, "--no-repeat-ngram", "2"),
+        (checkpoint, kept, "--no-repeat-ngram", "2"),
+        (kept, again),
+        (kept, off, "--no-repeat-ngram", "0"),
+    ):
+        assert run_script(export, source, output, *flags, capsys=capsys)[0] == 0
+    found = [Captioner.load(path).model.no_repeat_ngram for path in (limited, again, off)]
+    assert found == [2, 2, 0]
+    code, _, error = run_script(export, kept, off, "--no-repeat-ngram", "-1", capsys=capsys)
+    assert code == 2 and "no_repeat_ngram is not a number between 0 and 1000" in error

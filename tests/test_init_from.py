@@ -15,7 +15,8 @@ import inference
 import train
 from decoder import DECODERS, DecoderConfig
 from encoder import Encoder
-from model import CaptionModel, add_rows, read_metadata
+from model import CaptionModel, add_rows
+from model_file import read_metadata
 from util import plots
 from vocabulary import UNK, Vocabulary
 

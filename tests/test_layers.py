@@ -70,7 +70,7 @@ def test_packed_words_return_to_their_cells():
     assert packed.position.tolist() == [0, 1, 2, 0, 0, 1]
 
 
-@pytest.mark.parametrize("shape", [(1,), (2, 1), (1, 5), (8,), (9,), (3, 16)])
+@pytest.mark.parametrize("shape", [(1,), (2, 1), (1, 2), (1, 5), (1, 8), (8,), (1, 9), (3, 16)])
 @pytest.mark.parametrize("outputs", [8, 16, 300])
 def test_a_linear_layer_of_few_rows_is_torchs(shape, outputs):
     torch.manual_seed(0)
@@ -89,7 +89,16 @@ def test_a_linear_layer_of_few_rows_is_torchs(shape, outputs):
 
 def test_a_linear_layer_of_few_rows_has_torchs_gradients():
     torch.manual_seed(0)
-    layer, x = Linear(4, 64), torch.rand(3, 4, requires_grad=True)
+    layer, x = Linear(4, 64), torch.rand(1, 3, 4, requires_grad=True)
     layer(x).square().sum().backward()
     expected = torch.autograd.grad(F.linear(x, layer.weight, layer.bias).square().sum(), x)
     torch.testing.assert_close(x.grad, *expected)
+
+
+@pytest.mark.parametrize("rows", range(2, 10))
+def test_the_place_in_a_batch_changes_no_bit(rows):
+    torch.manual_seed(0)
+    layer, row = Linear(256, 4000), torch.rand(1, 1, 256)
+    with torch.no_grad():
+        first, *others = layer(row.expand(rows, 1, 256))
+    assert all(other.equal(first) for other in others)

@@ -228,6 +228,7 @@ METADATA = [
         {"transform": "crop"}, {"mean": [0, 0, 0]}, {"std": None},
     )],
     ("picture", "[]"), ("start", "2"), ("end", "11"), ("never", "[]"), ("model", '"other"'),
+    *[("decoding", value) for value in ("[]", "2", '{"no_repeat_ngram": -1}')],
 ]  # fmt: skip
 
 

@@ -9,7 +9,8 @@ from helpers.datasets import write_colours
 from helpers.tiny import COLOURS, assert_same_run
 
 import train
-from model import CaptionModel, read_metadata
+from model import CaptionModel
+from model_file import read_metadata
 from util import plots
 
 

@@ -26,7 +26,8 @@ from losses import (
     self_critical_objective,
 )
 from masks import NEVER
-from model import CaptionModel, read_metadata
+from model import CaptionModel
+from model_file import read_metadata
 from readers import Record
 from trainer import Trainer
 from vocabulary import END, PAD, START, Vocabulary

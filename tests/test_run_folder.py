@@ -16,7 +16,8 @@ from helpers.tiny import SMALL, assert_same_run, run_script, tiny_model
 
 import train
 import trainer
-from model import CaptionModel, read_metadata
+from model import CaptionModel
+from model_file import read_metadata
 from util import checkpoints, files, plots, program
 
 if os.name == "posix":

@@ -23,7 +23,8 @@ import train
 from config import PRESETS
 from corpora import Corpus
 from encoder import Encoder
-from model import CaptionModel, read_metadata
+from model import CaptionModel
+from model_file import read_metadata
 from util.signals import Interrupts
 
 

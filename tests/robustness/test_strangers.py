@@ -17,7 +17,8 @@ import inference
 from encoder import build_encoder
 from features import FeatureCache
 from inference import Captioner
-from model import MAX_HEADER, CaptionModel, read_metadata
+from model import CaptionModel
+from model_file import MAX_HEADER, read_metadata
 from util.checkpoints import load_state
 
 
