@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -163,6 +164,9 @@ class TrainConfig:
     """CPU threads to compute with (default: one for each CPU that this process may use)."""
     amp: bool = True
     """Mixed precision (bfloat16) where the device is made for it: GPUs, CPUs with AVX512-BF16."""
+    tensorboard: bool = False
+    """Also write the figures and samples of each epoch for TensorBoard (tensorboard --logdir
+    runs); needs the package tensorboard."""
     compile: bool = False
     """Compile the model first (torch.compile): a minute or more, then faster steps on a GPU."""
 
@@ -408,6 +412,10 @@ def validate(config: Config) -> None:
     if not train.epochs and not (train.scst_epochs and (train.init_from or train.resume)):
         raise UserError(
             "--epochs 0 leaves nothing to train; it is for --scst-epochs with --init-from"
+        )
+    if train.tensorboard and not find_spec("tensorboard"):
+        raise UserError(
+            "--tensorboard needs the package tensorboard: pip install tensorboard, or leave it out"
         )
     config.encoder.validate()
     config.decoder.validate()

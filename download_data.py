@@ -25,10 +25,10 @@ from pathlib import Path, PurePosixPath
 
 import requests
 import tyro
-from tqdm import tqdm
 
 from util import files, program
 from util.files import UserError
+from util.progress import progress_bar
 
 ATTEMPTS = 3  # in a row on one mirror that bring no new byte
 PAUSE = 1.0  # seconds before another attempt, doubled at each
@@ -38,7 +38,7 @@ ASK = 5e9  # bytes; there is a question before a larger download
 SURPLUS = 1.5  # an answer of more than this times the file's size is another file
 MARKER = ".unpacked.json"  # inside an unpacked folder: the archive it is from
 BOMB = 20  # largest unpacked size, times the archive's: captions shrink to a fifth, images hardly
-BAR = {"unit": "B", "unit_scale": True, "disable": None}  # of tqdm; none without a terminal
+BAR = {"unit": "B", "unit_scale": True}
 
 
 @dataclass(frozen=True)
@@ -359,7 +359,8 @@ def receive(session: requests.Session, url: str, part: Path, limit: int) -> int:
             raise UserError(
                 f"bytes {start} to {total} were offered, {have} to {limit} at most wanted"
             )
-        with open(part, "ab") as out, tqdm(None, part.stem, total, initial=start, **BAR) as bar:
+        bar = progress_bar(desc=part.stem, total=total, initial=start, **BAR)
+        with open(part, "ab") as out, bar:
             out.truncate(start)
             received = start
             for chunk in response.iter_content(CHUNK):
@@ -382,7 +383,7 @@ def size_of(path: Path) -> int:
 def md5_of(path: Path) -> str:
     """Return the file's MD5 in hexadecimal."""
     digest = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file, tqdm(total=size_of(path), desc="checking", **BAR) as bar:
+    with open(path, "rb") as file, progress_bar(total=size_of(path), desc="checking", **BAR) as bar:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
             bar.update(len(chunk))
@@ -403,7 +404,7 @@ def unpack(archive: Path, target: Path, source: dict[str, str]) -> None:
     try:
         with zipfile.ZipFile(archive) as content:
             paths = check_members(content, archive)
-            bar = tqdm(paths.items(), desc=f"unpacking {archive.name}", unit="file", disable=None)
+            bar = progress_bar(paths.items(), desc=f"unpacking {archive.name}", unit="file")
             for member, path in bar:
                 (temporary / path).parent.mkdir(parents=True, exist_ok=True)
                 with content.open(member) as packed, open(temporary / path, "wb") as out:

@@ -21,7 +21,6 @@ from util import threads
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import metrics
 from decoding import DecodingConfig, decode, to_captions
@@ -36,6 +35,7 @@ from shards import SPLITS
 from util import distributed, files, program
 from util.files import UserError
 from util.images import read_image, report_left_out
+from util.progress import progress_bar
 from util.tars import check_allowed
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def encode_split(
         ]
         encoded = zip(*streams, strict=True)
     unreadable: dict[str | int, None] = {}
-    bar = tqdm(total=len(records), desc="captioning", unit=" images", disable=None, leave=False)
+    bar = progress_bar(total=len(records), desc="captioning", unit=" images", leave=False)
     for part, views in zip(parts, encoded, strict=True):
         if cache is not None:
             features = torch.stack([cache.get(record.image_id) for record in part])

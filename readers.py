@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from tqdm import tqdm
 
 import shards
 from caption_files import (
@@ -37,6 +36,7 @@ from util import files, shapes, tables, tars
 from util.files import UserError
 from util.folders import find_file, find_images, scan_folders
 from util.images import EXTENSIONS, HIDDEN, UNREADABLE, read_image, report_left_out
+from util.progress import progress_bar
 from util.threads import count_cpus
 
 log = logging.getLogger(__name__)
@@ -357,9 +357,9 @@ def keep_readable(records: Sequence[Record]) -> list[Record]:
             return False
         return True
 
-    bar = {"desc": "checking images", "unit": " images", "disable": None, "leave": False}
+    bar = {"desc": "checking images", "unit": " images", "leave": False}
     with ThreadPoolExecutor(max_workers=count_cpus()) as pool:
-        readable = list(tqdm(pool.map(is_readable, records), total=len(records), **bar))
+        readable = list(progress_bar(pool.map(is_readable, records), total=len(records), **bar))
     lost = [record.image_id for record, good in zip(records, readable, strict=True) if not good]
     report_left_out(lost, len(records), "can't be read")
     return list(itertools.compress(records, readable))

@@ -17,11 +17,10 @@ from itertools import chain, groupby, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from util import files
 from util.files import UserError
 from util.images import EXTENSIONS, read_image, report_left_out
+from util.progress import progress_bar
 from util.seeding import derive_seed
 from util.sources import digest_file
 from util.tars import (
@@ -106,7 +105,7 @@ def unpack_images(root: str | Path, split: str, cache_dir: Path) -> list[Row]:
     with files.lock(place.with_suffix(".lock")):
         missing = [row for row in rows if not (place / row.path).exists()]
         images = read_images(root, missing) if missing else ()
-        for row, content in tqdm(images, desc=f"unpacking {split}", unit=" images", disable=None):
+        for row, content in progress_bar(images, desc=f"unpacking {split}", unit=" images"):
             if content is not None:
                 (place / row.path).parent.mkdir(parents=True, exist_ok=True)
                 (place / "part").write_bytes(content)
@@ -181,7 +180,7 @@ def write_tars(
     rows: dict[str, list[list]] = {}
     lost = []
     starts = range(0, len(records), shard_size)
-    for start in tqdm(starts, desc=split, unit=" shards", disable=None, leave=False):
+    for start in progress_bar(starts, desc=split, unit=" shards", leave=False):
         part = records[start : start + shard_size]
         contents = pool.map(read_checked, [record.path for record in part])
         path = folder / f"{split}-{start // shard_size:06}.tar"

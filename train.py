@@ -19,12 +19,11 @@ from util import threads
 
 # isort: split
 import torch
-from tqdm import tqdm
 
 from config import Config, configure, flatten
 from corpora import Corpus, join_train, load_corpora, mean_scores
 from decoding import DecodingConfig
-from evaluate import print_scores, score_split
+from evaluate import score_split
 from losses import Reward, sample_captions
 from model import CaptionModel
 from prepare import (
@@ -38,12 +37,19 @@ from prepare import (
     warn_of_changes,
     warn_of_few_images,
 )
-from readers import Record
+from run_log import (
+    Board,
+    open_board,
+    print_row,
+    print_split,
+    print_start,
+    show_steps,
+    write_samples,
+)
 from trainer import Trainer
 from util import distributed, files, plots, program
 from util.checkpoints import load_state, run_folder, save_state, write_metrics
 from util.files import UserError
-from util.images import read_image
 from util.layers import to_device
 from util.signals import Interrupts, StoppedError
 
@@ -141,15 +147,16 @@ def train(config: Config) -> dict[str, Any]:
         if resume:
             write_config(folder, config)
         print_start(config, model, corpora, folder)
-        with Interrupts() as interrupts:
+        with Interrupts() as interrupts, open_board(folder, trainer) as board:
             run = trainer, corpora, folder, interrupts
             try:
                 validates = any("val" in corpus.records for corpus in corpora)
                 if init_model and validates and not (trainer.step_number or trainer.rows):
-                    finish_epoch(*run)  # epoch 0: the scores of the model that training starts from
+                    # Epoch 0: the scores of the model that training starts from.
+                    finish_epoch(*run, board)
                 while not stage_is_over(trainer) or start_self_critical(trainer, folder):
                     run_epoch(trainer, config, corpora, interrupts)
-                    finish_epoch(*run)
+                    finish_epoch(*run, board)
                 return finish(*run)
             except StoppedError:
                 write_state(folder, trainer)
@@ -207,26 +214,26 @@ def run_epoch(
     """Train once on all training images, with a progress bar; stop between steps when asked to."""
     loader, size = load_epoch(trainer, config, corpora), config.train.accumulate
     steps = map(list, zip(*[iter(loader)] * size, strict=True))  # lists of `size` micro-batches
-    name = "self-critical epoch" if trainer.critical else "epoch"
-    last = trainer.first_epoch + trainer.stage_epochs
-    bar = tqdm(
-        steps, desc=f"{name} {trainer.epoch + 1}/{last}", total=len(loader) // size,
-        unit=" steps", disable=None, leave=False,
-    )  # fmt: skip
+    images = sum(len(corpus.records["train"]) for corpus in corpora)
     start = time.perf_counter()
     try:
         with trainer.training_mode():
-            train_epoch(trainer, interrupts.stop_between(bar))
+            shown = show_steps(trainer, steps, images)
+            train_epoch(trainer, interrupts.stop_between(shown))
     finally:
         trainer.seconds += time.perf_counter() - start
     trainer.check_finite()
 
 
 def finish_epoch(
-    trainer: Trainer, corpora: Sequence[Corpus], folder: Path, interrupts: Interrupts
+    trainer: Trainer,
+    corpora: Sequence[Corpus],
+    folder: Path,
+    interrupts: Interrupts,
+    board: Board | None = None,
 ) -> None:
     """Validate, write the run's files, and set the counters for the next epoch."""
-    row = trainer.epoch_row()
+    row, rate = trainer.epoch_row(), trainer.images_per_second()
     with trainer.averaged_model() as model:
         row |= validate(model, corpora, folder / "samples", row["epoch"], interrupts)
         row = distributed.broadcast(row)  # only the main process has the scores
@@ -244,7 +251,9 @@ def finish_epoch(
         plots.learning_curve(folder / "learning_curve.png", trainer.rows)
     # Last: a state on disk must never be ahead of the files that it belongs to.
     write_state(folder, trainer)
-    print_row(row, trainer.device)
+    if board:
+        board.add(row)
+    print_row(row, trainer.device, rate, is_best)
 
 
 def validate(
@@ -313,10 +322,7 @@ def finish_split(
     )
     if distributed.is_main():
         write_samples(folder / "samples" / f"{label}.png", records, captions)
-        print(program.printable(f"{label}, {len(records)} images, beam {decoding.beam_size}"))
-        print_scores(scores)
-        for image_id in list(captions)[:3]:
-            print(f"    {program.printable(f'{image_id}: {captions[image_id]}')}")
+        print_split(label, scores, captions, decoding, VALIDATION)
     return {**scores, "images": len(records), "decoding": asdict(decoding)}
 
 
@@ -334,55 +340,6 @@ def write_state(folder: Path, trainer: Trainer) -> None:
     state = trainer.state()
     if distributed.is_main():
         save_state(folder, state)
-
-
-def write_samples(path: Path, records: Sequence[Record], captions: dict[Any, str]) -> None:
-    """Write a page of twelve images of the split with their captions."""
-    chosen = records[:: max(1, len(records) // 12)][:12]
-    items = [
-        (read_image(record.path), captions[record.image_id], [record.captions[0]])
-        for record in chosen
-        if record.image_id in captions
-    ]
-    plots.caption_page(path, items, title=path.stem)
-
-
-def print_start(
-    config: Config, model: CaptionModel, corpora: Sequence[Corpus], folder: Path
-) -> None:
-    """Print what is about to be trained, and whether the machine has time for it."""
-    threads.warn_of_overload()
-    trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
-    for corpus in corpora:
-        images = ", ".join(f"{len(every)} {split}" for split, every in corpus.records.items())
-        words = f", {len(model.vocabulary)} words" if corpus is corpora[-1] else ""
-        print(f"{program.printable(corpus.name)}: {images} images{words}")
-    print(
-        f"{model.encoder.name} + {config.decoder.decoder}, {trainable / 1e6:.1f} million weights "
-        f"to train, on {next(model.parameters()).device}; run folder {program.printable(folder)}",
-        flush=True,
-    )
-
-
-def print_row(row: dict[str, Any], device: torch.device) -> None:
-    """Print an epoch's line."""
-    parts = [f"epoch {row['epoch']}"]
-    if not row["epoch"]:
-        parts.append("before training")
-    elif row["reward"] is None:
-        parts.append(f"train loss {row['train_loss']:.3f}")
-    else:
-        parts.append(f"reward {row['reward']:.3f} (baseline {row['baseline']:.3f})")
-    if row["val_loss"] is not None:
-        parts.append(f"val loss {row['val_loss']:.3f}")
-        own = [f"{name[6:]} {row[name]:.3f}" for name in row if name.startswith("CIDEr ")]
-        each = program.printable(f" ({', '.join(own)})") if own else ""
-        parts += [f"CIDEr {row['CIDEr']:.3f}{each}", f"BLEU-4 {row['BLEU-4']:.3f}"]
-        parts.append(f"bad endings {row['bad_endings']:.1%}, repeats {row['repeats']:.1%}")
-    parts.append(f"{row['seconds']:.0f} s")
-    if device.type == "cuda":
-        parts.append(f"GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
-    print(", ".join(parts), flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

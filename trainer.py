@@ -19,6 +19,7 @@ from model import CaptionModel
 from util import distributed
 from util.files import UserError
 from util.layers import Dropout
+from util.progress import TimeLeft
 from util.seeding import derive_seed
 from vocabulary import PAD
 
@@ -27,6 +28,7 @@ COLUMNS = (
     "epoch", "train_loss", "val_loss", "CIDEr", "BLEU-4", "lr", "seconds", "reward", "baseline",
     "bad_endings", "repeats",
 )  # fmt: skip
+SCST_STEP = 3.0  # steps of cross-entropy that take as long as a self-critical one, roughly
 CHECK_EVERY = 50  # steps; reading a loss from a GPU waits for all its work
 
 
@@ -58,6 +60,7 @@ class Trainer:
         self.training_info: dict[str, Any] = {}  # for the header of the model file
         # Recent losses and gradient norms, each with a text that names its step.
         self.unchecked: list[tuple[str, Tensor]] = []
+        self.checked_loss: float | None = None  # the mean of those that were checked last
         self.start_epoch()
         self.start_stage(critical=False)
 
@@ -65,6 +68,7 @@ class Trainer:
         """Begin a stage from the weights as they are."""
         self.critical = critical
         self.first_step, self.first_epoch = self.step_number, self.epoch
+        self.clock = TimeLeft()
         self.optimizer = self.build_optimizer()
         self.average = {name: tensor.clone() for name, tensor in self.trainable.items()}
 
@@ -165,10 +169,21 @@ class Trainer:
         if self.critical or len(self.unchecked) >= CHECK_EVERY:
             self.check_finite()
 
+    def recent_loss(self) -> float | None:
+        """Return the mean loss of recent steps; on a GPU of checked ones, as reading waits for it.
+
+        None before there is one.
+        """
+        if self.unchecked and self.device.type == "cpu":
+            return float(torch.stack([values[0] for _, values in self.unchecked]).mean())
+        return self.checked_loss
+
     def check_finite(self) -> None:
         """Raise UserError, which names the step, if a loss or a gradient was infinite or NaN."""
         steps, self.unchecked = self.unchecked, []
         values = torch.stack([values for _, values in steps]).tolist() if steps else []
+        if values:
+            self.checked_loss = sum(loss for loss, _ in values) / len(values)
         for (step, _), (loss, norm) in zip(steps, values, strict=True):
             if not math.isfinite(loss + norm):
                 name, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
@@ -206,6 +221,21 @@ class Trainer:
     def stage_epochs(self) -> int:
         """The number of epochs of this stage."""
         return self.config.scst_epochs if self.critical else self.config.epochs
+
+    def steps_left(self) -> float:
+        """Return how many steps of this stage the run still takes, if no stage stops early.
+
+        A self-critical step counts as several of the first stage.
+        """
+        epochs = self.first_epoch + self.stage_epochs - self.epoch
+        if not self.critical:
+            epochs += self.config.scst_epochs * SCST_STEP
+        return epochs * self.steps_per_epoch - self.batch
+
+    def images_per_second(self) -> float:
+        """Return how many images this epoch's steps have had per second, 0 before the first."""
+        images = self.batch * self.config.batch_size
+        return images / self.seconds if self.seconds else 0.0
 
     def out_of_patience(self) -> bool:
         """Return whether the stage's last `--patience` epochs were all worse than one before."""

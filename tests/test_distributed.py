@@ -11,7 +11,7 @@ from util import distributed
 
 JOB = """
 import json, os, signal, sys, time
-from util import distributed, files
+from util import distributed, files, program
 
 def main():
     how, folder = sys.argv[1:]

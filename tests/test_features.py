@@ -1,6 +1,5 @@
 """The cache holds the encoder's output, and its description says what it was made from."""
 
-import functools
 import io
 import json
 import os
@@ -275,13 +274,9 @@ def test_the_encoder_is_prepared_for_inference_once(amp, dtype, records, encoder
 
 
 def test_progress_shows_images_per_second(records, encoder, tmp_path, monkeypatch):
-    output, tqdm = io.StringIO(), extraction.tqdm
-
-    @functools.wraps(tqdm)
-    def visible(*arguments, **keywords):
-        return tqdm(*arguments, **{**keywords, "disable": False, "file": output, "mininterval": 0})
-
-    monkeypatch.setattr(extraction, "tqdm", visible)
+    output, bar = io.StringIO(), extraction.progress_bar
+    visible = {"disable": False, "file": output, "mininterval": 0}
+    monkeypatch.setattr(extraction, "progress_bar", lambda **how: bar(**{**how, **visible}))
     build(records, encoder, tmp_path)
     assert "11/11" in output.getvalue() and " images/s" in output.getvalue()
 

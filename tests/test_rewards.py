@@ -287,7 +287,7 @@ def test_a_run_killed_in_the_second_stage_resumes_to_the_same_weights(
     code = f"""
         import os, signal, sys
         import train, trainer
-        from util import files
+        from util import program
         finish_step = trainer.Trainer.finish_step
         def stopping(self, words):
             finish_step(self, words)

@@ -221,7 +221,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_shard(drawn, tmp_path):
     code = """
         import resource, signal, sys
         import features
-        from util import files
+        from util import program
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (9000, resource.RLIM_INFINITY))
         program.run(lambda: features.main(sys.argv[1:]))

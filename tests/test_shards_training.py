@@ -235,7 +235,7 @@ STREAMED = [*SMALL[2:], "--dataset", "shards", "--cnn-backbone", "tiny", "--cnn-
 STOPPED = """
     import os, signal, sys
     import train, trainer
-    from util import files
+    from util import program
     finish_step = trainer.Trainer.finish_step
     def stopping(self, words):
         finish_step(self, words)

@@ -39,7 +39,7 @@ def whole(drawn, tmp_path_factory) -> Path:
 STOPPED = """
     import os, signal, sys
     import train, trainer
-    from util import files
+    from util import program
     finish_step = trainer.Trainer.finish_step
     def stopping(self, words):
         finish_step(self, words)
@@ -141,7 +141,7 @@ def test_a_new_run_never_takes_a_folder_in_use(whole, drawn):
 FULL_DISK = """
     import resource, signal, sys
     import train
-    from util import files
+    from util import program
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     original = train.save_state
     def save(folder, state):
@@ -291,7 +291,7 @@ def scored(monkeypatch) -> tuple[list[float], list[dict]]:
 
     monkeypatch.setattr(train, "score_split", score_split)
     monkeypatch.setattr(train, "write_samples", lambda *_: None)
-    monkeypatch.setattr(train, "print_scores", lambda scores: None)
+    monkeypatch.setattr(train, "print_split", lambda *_: None)
     monkeypatch.setattr(train.plots, "learning_curve", lambda *_: None)
     return values, weights
 

@@ -26,10 +26,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from util import files
 from util.files import UserError
+from util.progress import progress_bar
 from util.sources import is_same_content, update_sources
 from util.threads import default_workers
 
@@ -283,8 +283,8 @@ def scan(file: FeatureFile, look: Callable[[np.ndarray], T]) -> Iterator[T]:
     def look_at_chunk(start: int) -> list[T]:
         return [look(row) for row in file.read(start, min(step, len(file) - start))]
 
-    bar = tqdm(total=len(file), desc=f"checking {file.path.stem}", unit=" images", disable=None,
-               leave=False, delay=2)  # fmt: skip
+    name = f"checking {file.path.stem}"
+    bar = progress_bar(total=len(file), desc=name, unit=" images", leave=False, delay=2)
     # Reading and checksums release Python's global lock.
     with ThreadPoolExecutor(default_workers()) as pool, bar:
         for results in pool.map(look_at_chunk, range(0, len(file), step)):

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from util import files
 from util.cache import DamagedError, FeatureFile, check_file, mark_rows, read_description
@@ -29,6 +28,7 @@ from util.images import (
     read_image,
     report_left_out,
 )
+from util.progress import progress_bar
 from util.threads import default_workers
 
 log = logging.getLogger(__name__)
@@ -154,7 +154,8 @@ def replace_rows(
         marked["left_out"] = [name for name in contents["image_ids"] if name in left_out]
         files.write_json(path.with_suffix(".json"), marked)
 
-    bar = tqdm(total=len(rows), desc=path.stem, unit=" images", disable=None if rows else True)
+    silent = {} if rows else {"disable": True}
+    bar = progress_bar(total=len(rows), desc=path.stem, unit=" images", **silent)
     with FeatureFile(path, "rb+") as file, bar:
         save()  # before the first row is written: a kill leaves no row that only looks right
         try:
@@ -216,7 +217,7 @@ def extract(
         file.sync()
         files.write_json(progress, noted)
 
-    bar = tqdm(total=len(records), initial=done, desc=path.stem, unit=" images", disable=None)
+    bar = progress_bar(total=len(records), initial=done, desc=path.stem, unit=" images")
     try:
         for number, batch in enumerate(encode(records[done:]), 1):
             features = to_rows(batch)

@@ -17,9 +17,9 @@ import random
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from util import files
+from util.progress import progress_bar
 
 Point = tuple[float, float]
 
@@ -123,7 +123,7 @@ def draw(
             counts = {"train": train, "val": val, "test": test}
             names = [(split, i) for split, count in counts.items() for i in range(count)]
             (root / "images").mkdir(exist_ok=True)
-            bar = tqdm(names, desc="drawing shapes", unit="image", disable=None)
+            bar = progress_bar(names, desc="drawing shapes", unit="image")
             images = [
                 draw_one(root, seed, split, index, imgid)
                 for imgid, (split, index) in enumerate(bar)

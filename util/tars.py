@@ -15,11 +15,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from util import files
 from util.files import UserError
 from util.images import EXTENSIONS
+from util.progress import progress_bar
 from util.seeding import derive_seed
 
 FORMAT, VERSION, INDEX = "image-captioning shards", 1, "index.json"
@@ -146,7 +145,7 @@ def index_folder(folder: Path, cache_dir: Path) -> Path:
     place = cache_dir / f"shards-{fingerprint}"
     with files.lock(place.with_suffix(".lock")):
         if not (place / INDEX).exists():
-            bar = tqdm(tars, desc="reading captions", unit=" shards", disable=None)
+            bar = progress_bar(tars, desc="reading captions", unit=" shards")
             rows = {path.name: read_captions(folder, path.name) for path in bar}
             write_index(place, folder.name, fingerprint, {"train": rows})
     return place

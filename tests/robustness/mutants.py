@@ -72,7 +72,7 @@ DECODING = (
         ("each word is drawn with the first random number",
          "uniform[alive, :, position]", "uniform[alive, :, 0]"),
         ("random numbers of other images once some ended",
-         ".to(probs.device)[alive]", ".to(probs.device)[: len(alive)]"),
+         "uniform[alive, :,", "uniform[: len(alive), :,"),
         ("the seed of the configuration is not used",
          "derive_seed(config.seed, seed) for", "derive_seed(0, seed) for"),
         ("captions without words lose their only column", "max(1, used)", "used"),

@@ -16,7 +16,7 @@ import inference
 from inference import Captioner
 from util import distributed, results
 
-CODE = "import inference; from util import files; program.run(inference.main)"
+CODE = "import inference; from util import program; program.run(inference.main)"
 
 
 @pytest.fixture

@@ -346,7 +346,7 @@ def test_unpacking_that_fails_leaves_nothing_and_is_redone_without_a_download(
 
 WORKER = """
 import sys, download_data
-from util import files
+from util import program
 {patch}
 rows = tuple(download_data.File(*row[:4], tuple(row[4])) for row in {rows!r})
 download_data.DATASETS["flickr8k"] = rows

@@ -18,7 +18,7 @@ EXACT = [*SMALL, "--epochs", "3", "--no-amp", "--dropout", "0", "--device", "cpu
 
 TRAIN = """
 import train
-from util import files
+from util import program
 program.run(train.main)
 """
 
@@ -27,7 +27,7 @@ AT_STEP_EIGHT = """
 import os, signal, sys
 from pathlib import Path
 import train, trainer
-from util import distributed, files
+from util import distributed, program
 
 marker, number = Path(sys.argv.pop(1)), getattr(signal, sys.argv.pop(1))
 finish_step = trainer.Trainer.finish_step
@@ -147,7 +147,7 @@ def test_two_processes_draw_captions_of_their_own_and_share_the_reward(drawn, tm
 def test_two_processes_score_as_one(alone, drawn, tmp_path):
     flags = ["--checkpoint", alone, "--dataset", "shapes", "--data-dir", drawn, "--no-java"]
     flags += ["--limit", "7", "--json"]  # an odd number: their shares differ
-    script = "import evaluate; from util import files; program.run(evaluate.main)"
+    script = "import evaluate; from util import program; program.run(evaluate.main)"
     run = torchrun(script, *flags, tmp_path / "two.json")
     assert run.returncode == 0, run.stderr
     evaluate.main([*map(str, flags), str(tmp_path / "one.json")])

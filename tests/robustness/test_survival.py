@@ -33,7 +33,7 @@ import itertools, json, mmap, os, random, signal, sys, time
 from pathlib import Path
 import matplotlib.pyplot, filelock, numpy, safetensors.torch
 import evaluate, train, trainer
-from util import extraction, files, plots
+from util import extraction, plots, program
 
 job = json.loads(sys.argv[1])
 PHASES = ["between", "caching", "step", "evaluation", "checkpoint", "plot", "critical", "end"]
