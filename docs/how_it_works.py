@@ -25,7 +25,7 @@ from PIL import Image  # noqa: E402
 from decoding import DecodingConfig, decode  # noqa: E402
 from encoder import image_transform  # noqa: E402
 from model import CaptionModel  # noqa: E402
-from util import files, program, shapes  # noqa: E402
+from util import files, plots, program, shapes  # noqa: E402
 from util.files import UserError  # noqa: E402
 from util.images import read_image  # noqa: E402
 from vocabulary import END, START  # noqa: E402
@@ -239,7 +239,7 @@ def highlight(image: Image.Image, attention: np.ndarray, highest: float) -> Imag
     """
     scale = max(attention.max(), highest / 2)
     mask = Image.fromarray((230 * attention / scale).astype(np.uint8))
-    mask = mask.resize(image.size, Image.Resampling.BICUBIC)
+    mask = mask.resize(image.size, plots.pick_filter(*attention.shape))
     pale = Image.blend(Image.new("RGB", image.size, PAPER), image, 0.5)
     return Image.composite(Image.new("RGB", image.size, ORANGE), pale, mask)
 

@@ -354,6 +354,31 @@ def test_a_word_lights_what_it_looked_at():
     assert even.max() - even.min() <= 1
 
 
+def test_few_positions_are_drawn_as_cells_and_many_are_blended():
+    """A column of the picture has as many shades as the map has rows, or more where it blends."""
+    image = Image.new("RGB", (280, 280), "white")
+    for side, shades in ((1, 1), (4, 4), (6, 6), (7, None), (10, None)):
+        weights = np.arange(side)[:, None] * np.ones(side)
+        column = np.asarray(plots.highlight(image, weights))[:, 0, 0]
+        if shades:
+            assert len(set(column.tolist())) == shades, side
+        else:
+            assert len(set(column.tolist())) > 4 * side
+    tall = np.asarray(plots.highlight(image, np.arange(8)[:, None] * np.ones((8, 3))))[:, 0, 0]
+    assert len(set(tall.tolist())) == 8
+
+
+def test_the_cells_of_an_attention_page_have_sharp_edges(tmp_path):
+    """A small image is enlarged before it is darkened, not together with the cells."""
+    weights = np.zeros((1, 2, 2))
+    weights[0, 0, 0] = 1
+    plots.attention_page(tmp_path / "page.png", Image.new("RGB", (8, 8), "white"), ["a"], weights)
+    page = np.asarray(Image.open(tmp_path / "page.png"))[..., 0]
+    left = 2 * plots.GAP + plots.COLUMN_WIDTH  # the second picture
+    row = page[plots.GAP + 20, left : left + plots.COLUMN_WIDTH]
+    assert set(row.tolist()) == {255, 63}
+
+
 @pytest.mark.parametrize("size", [(400, 300), (30, 900), (900, 30)])
 def test_an_attention_page_has_a_picture_a_word(size, tmp_path):
     words = ["a", "very", "long", "caption", "of", "exactly", "nine", "words", "here"]

@@ -22,6 +22,7 @@ COLUMNS, PAGE_WIDTH, GAP = 4, 1600, 24
 SOFTWARE, MADE_BY = 0x0131, "image-captioning page"  # a page's EXIF tag, and its value
 COLUMN_WIDTH = (PAGE_WIDTH - GAP * (COLUMNS + 1)) // COLUMNS
 LINE_HEIGHT = 1.3  # times the font size
+SMOOTHED = 7  # rows and columns: an attention map of fewer is drawn as cells
 
 # Fonts with scripts that DejaVu Sans lacks, by their file names on common systems.
 WIDE_FONTS = re.compile(
@@ -176,32 +177,36 @@ def attention_page(path: str | Path, image: Image.Image, words: list[str], atten
     `attention` (words, rows, columns) may have any scale: a map's largest value is bright, its
     smallest is dark.
     """
-    image = image.convert("RGB")
     height = round(COLUMN_WIDTH * image.height / image.width)
     size = (COLUMN_WIDTH, min(2 * COLUMN_WIDTH, max(1, height)))
+    image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
     pairs = [(image, " ".join(words))]
     for word, weights in zip(words, attention, strict=True):
         pairs.append((highlight(image, weights), word))
-    cells = [
-        stack([
-            shown.resize(size, Image.Resampling.BICUBIC), draw_text(text, COLUMN_WIDTH, 20, INK)
-        ])
-        for shown, text in pairs
-    ]  # fmt: skip
+    cells = [stack([shown, draw_text(text, COLUMN_WIDTH, 20, INK)]) for shown, text in pairs]
     write_page(path, cells)
 
 
 def highlight(image: Image.Image, weights: Any) -> Image.Image:
-    """Return the image darkened except where `weights` (rows, columns) are large."""
+    """Return the image darkened except where `weights` (rows, columns) are large.
+
+    Few weights are drawn as the cells they are: blended, 4 x 4 cells would look as if the model
+    had attended to shapes that it can't tell from what is around them.
+    """
     import numpy as np  # here, as importing this module should be cheap
 
     weights = np.asarray(weights, np.float32) - np.min(weights)
     weights = weights / max(float(weights.max()), 1e-12)
-    mask = Image.fromarray((255 * weights).astype(np.uint8)).resize(
-        image.size, Image.Resampling.BICUBIC
-    )
+    mask = Image.fromarray((255 * weights).astype(np.uint8))
+    mask = mask.resize(image.size, pick_filter(*weights.shape))
     dark = Image.blend(image, Image.new("RGB", image.size), 0.75)
     return Image.composite(image, dark, mask)
+
+
+def pick_filter(rows: int, columns: int) -> Image.Resampling:
+    """Return the filter that enlarges an attention map: none between the cells of a small one."""
+    few = min(rows, columns) < SMOOTHED
+    return Image.Resampling.NEAREST if few else Image.Resampling.BICUBIC
 
 
 def stack(parts: list[Image.Image]) -> Image.Image:
