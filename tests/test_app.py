@@ -146,7 +146,7 @@ def test_a_setting_that_is_not_known_is_refused_with_those_that_are(client):
     assert (status, message) == (
         400,
         "setting 'beams' is not known; choose from method, n, beam_size, length_penalty, "
-        "no_repeat_ngram, max_words, min_words, temperature, top_k, top_p, seed",
+        "no_repeat_ngram, max_words, min_words, temperature, top_k, top_p, seed, attention",
     )
 
 
@@ -186,8 +186,10 @@ def test_a_request_without_one_photo_is_told_how_to_send_it(client):
     two = {"image": [(io.BytesIO(PHOTO), "a.png"), (io.BytesIO(PHOTO), "b.png")]}
     answer = client.post("/caption", data=two)
     assert error_of(answer.status_code, answer.get_json()) == (400, f"2 photos came; {how}")
-    answer = client.post("/caption", json={"image": "photo.jpg"})
-    assert error_of(answer.status_code, answer.get_json()) == (400, f"no photos came; {how}")
+    for body in ({"json": {"n": 2}}, {}, {"data": {"url": ["https://a.example/b.jpg", "c"]}}):
+        answer = client.post("/caption", **body)
+        wanted = f"{'2' if 'data' in body else 'no'} photos came; {how}"
+        assert error_of(answer.status_code, answer.get_json()) == (400, wanted)
 
 
 def test_a_photo_of_more_megabytes_than_allowed_is_refused(captioner):
