@@ -1,38 +1,228 @@
-// The page: a photo goes to POST caption, what comes back is shown. See docs/app.md.
+// The page: each photo goes to POST caption, in order; one of them is shown large. See docs/app.md.
 
-const $ = (id) => document.getElementById(id);
+import { hideAttention, showAttention } from "./attention.js";
+import { $, copy, make, megabytes, percent, touch } from "./dom.js";
+import { offerSamples, takeIn } from "./intake.js";
+import { readSettings, setDefaults, showSettings } from "./settings.js";
+
 const main = document.querySelector("main");
-const settings = $("settings");
-const HINTS = {
-  beam: "Follows several sentences at once and keeps the most probable.",
-  greedy: "Takes the most probable word each time: the fastest, one caption only.",
-  sample: "Draws each word by chance: captions are livelier, and wrong more often.",
-};
-const ALTERNATIVES = 5;
+const LOST = "The server can’t be reached. Is it still running?";
 
-let photo = null; // the File or Blob shown
-let captions = [];
-let chosen = 0; // which of the captions is shown large
-let request = null; // the AbortController of the one under way
-let seed = 0;
-let most = Infinity; // bytes
+// A photo has a name; a file (File or Blob) or a function `get` that returns it later; its state:
+// waiting, asked, done or failed; its captions, best first; and which of them is shown large.
+const photos = [];
+let current = null; // the photo that is shown large
+let about = { max_mb: Infinity, at_once: 1, model: { sure: null } };
 
-// --- a photo comes in
+// --- photos come in
 
-function take(file) {
-  if (!file) return;
-  photo = file;
-  seed = 0;
-  URL.revokeObjectURL($("photo").src);
-  $("photo").alt = "The photo chosen";
-  $("photo").hidden = false;
+function add(found) {
+  const added = found.map((each) => ({ ...each, state: "waiting", captions: [], chosen: 0, seed: 0 }));
+  if (!added.length) return;
+  for (const photo of added) {
+    photos.push(photo);
+    photo.card = makeCard(photo);
+    if (photo.file) hold(photo, photo.file);
+  }
+  select(added[0]);
+  work();
+}
+
+function hold(photo, file) {
+  photo.file = file;
+  photo.source = URL.createObjectURL(file);
+  const image = photo.card.querySelector("img");
+  image.src = photo.source;
+  image.hidden = false;
+}
+
+function drop(photo) {
+  photo.request?.abort();
+  photo.request = null;
+  URL.revokeObjectURL(photo.source);
+  photo.card.remove();
+}
+
+$("remove").addEventListener("click", () => {
+  const { name } = current;
+  const place = photos.indexOf(current);
+  photos.splice(place, 1);
+  drop(current);
+  select(photos[Math.min(place, photos.length - 1)]);
+  work();
+  (photos.length > 1 ? current.card.querySelector("button") : $("choose")).focus();
+  $("status").textContent = `${name} is removed.`;
+});
+$("clear").addEventListener("click", () => {
+  photos.splice(0).forEach(drop);
+  select(null);
+  $("choose").focus();
+  $("status").textContent = "All photos are removed.";
+});
+
+// --- asking for captions
+
+function work() {
+  const waiting = photos.filter((photo) => photo.state === "waiting");
+  let free = about.at_once - photos.filter((photo) => photo.state === "asked").length;
+  if (waiting.includes(current)) waiting.unshift(current); // what is looked at comes first
+  for (const photo of waiting) {
+    if (free < 1) break;
+    if (photo.state !== "waiting") continue;
+    free -= 1;
+    ask(photo);
+  }
+}
+
+async function ask(photo) {
+  const request = (photo.request = new AbortController());
+  photo.state = "asked";
+  photo.error = "";
+  show(photo);
+  if (photo === current) $("status").textContent = "Captioning the photo.";
+  try {
+    if (!photo.file) {
+      const answer = await photo.get(request.signal);
+      if (!answer.ok) throw new Refusal((await answer.json()).error);
+      const file = await answer.blob();
+      if (photo.request !== request) return;
+      hold(photo, file);
+      show(photo);
+    }
+    const most = about.max_mb * 1e6;
+    if (photo.file.size > most) {
+      throw new Refusal(`This file has ${megabytes(photo.file.size)} MB; at most ${megabytes(most)} MB are taken.`);
+    }
+    const answer = await fetch("caption", { method: "POST", body: form(photo), signal: request.signal });
+    const { captions, error } = await answer.json();
+    if (!answer.ok) throw new Refusal(error);
+    if (photo.request !== request) return;
+    Object.assign(photo, { state: "done", captions: distinct(captions), chosen: 0 });
+  } catch (error) {
+    if (photo.request !== request) return; // it was asked anew, or removed
+    Object.assign(photo, { state: "failed", captions: [], error: error instanceof Refusal ? error.message : LOST });
+  }
+  show(photo);
+  tell(photo);
+  work();
+}
+
+class Refusal extends Error {}
+
+function askAnew(some) {
+  for (const photo of some) {
+    photo.request?.abort();
+    photo.request = null;
+    photo.state = "waiting";
+    show(photo);
+  }
+  work();
+}
+
+function form(photo) {
+  const data = new FormData();
+  data.append("image", photo.file, photo.name);
+  for (const [name, value] of Object.entries(readSettings())) data.append(name, value);
+  if (data.get("method") === "sample") data.append("seed", photo.seed);
+  return data;
+}
+
+// Samples may be the same sentence twice.
+const distinct = (captions) => captions.filter(({ text }, place) => captions.findIndex((each) => each.text === text) === place);
+
+function tell(photo) {
+  // Only of the photo shown, and of the end: a reader of the screen is not to be talked down.
+  const others = photo.captions.length - 1;
+  const more = others > 0 ? ` ${others} ${others > 1 ? "alternatives" : "alternative"} below.` : "";
+  const parts = photo === current && photo.state === "done" ? [`Caption: ${sentence(photo)}.${more}`] : [];
+  if (photos.length > 1 && photos.every(({ state }) => state === "done" || state === "failed")) {
+    const failed = photos.filter(({ state }) => state === "failed").length;
+    parts.push(failed ? `${photos.length - failed} of ${photos.length} photos have captions, ${failed} failed.` : `All ${photos.length} photos have captions.`);
+  }
+  if (parts.length) $("status").textContent = parts.join(" ");
+}
+
+function complain(message) {
+  $("error").textContent = message;
+  $("error").hidden = false;
+}
+
+// --- the cards of several photos
+
+function makeCard(photo) {
+  const item = make("li", "", $("cards"));
+  const button = make("button", "", item);
+  button.type = "button";
+  const frame = make("span", "", button);
+  frame.className = "thumb";
+  const image = make("img", "", frame);
+  image.alt = "";
+  image.hidden = true;
+  image.draggable = false;
+  image.decoding = "async";
+  image.addEventListener("error", () => (image.hidden = true));
+  make("span", photo.name, button).className = "name";
+  make("span", "", button).className = "text";
+  button.addEventListener("click", () => select(photo));
+  return item;
+}
+
+function showCards() {
+  document.querySelector(".strip").hidden = photos.length < 2;
+  $("count").textContent = `${photos.length} photos`;
+  $("copy-all").disabled = !photos.some(({ state }) => state === "done");
+  for (const photo of photos) {
+    const button = photo.card.querySelector("button");
+    const text = { waiting: "waiting", asked: "captioning …", done: sentence(photo), failed: photo.error };
+    photo.card.dataset.state = photo.state;
+    button.querySelector(".text").textContent = text[photo.state];
+    if (photo === current) button.setAttribute("aria-current", "true");
+    else button.removeAttribute("aria-current");
+  }
+}
+
+$("copy-all").addEventListener("click", () => {
+  const lines = photos.filter(({ state }) => state === "done").map((photo) => `${photo.name}\t${photo.captions[photo.chosen].text}`);
+  copy(lines.join("\n"), $("copy-all"));
+});
+
+// --- the photo that is shown large
+
+function select(photo) {
+  current = photo;
+  const image = $("photo");
+  image.removeAttribute("src");
+  $("drop").hidden = Boolean(photo);
+  $("figure").hidden = !photo;
+  $("choose").textContent = photo ? "Add photos" : "Choose photos";
+  show(photo);
+}
+
+function show(photo) {
+  showCards();
+  if (photo !== current) return;
+  const captioned = Boolean(photo?.captions.length);
+  const busy = photo?.state === "waiting" || photo?.state === "asked";
+  main.dataset.state = !photo ? "empty" : busy ? (captioned ? "again" : "first") : photo.state;
+  $("error").hidden = !photo?.error;
+  $("error").textContent = !photo?.error || /[.?!]$/.test(photo.error) ? (photo?.error ?? "") : `${photo.error}.`;
+  $("retry").hidden = photo?.state !== "failed";
+  $("result").hidden = !captioned;
+  $("credit").hidden = !photo?.credit;
+  if (!photo) return hideAttention("");
+  showImage(photo);
+  if (photo.credit) showCredit(photo);
+  if (captioned) choose(photo.chosen);
+  else hideAttention("");
+}
+
+function showImage(photo) {
+  const image = $("photo");
+  image.alt = photo.captions[photo.chosen]?.text ?? photo.name;
+  if (photo.source && image.src === photo.source) return;
+  image.hidden = !photo.source; // it is being fetched
   $("unseen").hidden = true;
-  $("photo").src = URL.createObjectURL(file);
-  $("drop").hidden = true;
-  $("figure").hidden = false;
-  show([]);
-  $("choose").textContent = "Choose another";
-  ask();
+  if (photo.source) image.src = photo.source;
 }
 
 $("photo").addEventListener("load", () => {
@@ -40,144 +230,46 @@ $("photo").addEventListener("load", () => {
   $("photo").parentElement.style.setProperty("--ratio", width / height || 1.5);
 });
 $("photo").addEventListener("error", () => {
+  if (!$("photo").hasAttribute("src")) return;
   $("photo").hidden = true;
   $("unseen").hidden = false;
 });
 
-for (const input of [$("file"), $("shot")]) {
-  input.addEventListener("change", () => {
-    take(input.files[0]);
-    input.value = ""; // so that the same file can be chosen once more
+function showCredit({ credit, link }) {
+  $("credit").textContent = "Photo: ";
+  if (!link) return $("credit").append(credit);
+  const anchor = make("a", credit, $("credit"));
+  Object.assign(anchor, { href: link, target: "_blank", rel: "noopener noreferrer" });
+}
+
+$("retry").addEventListener("click", () => {
+  askAnew([current]);
+  $("choose").focus();
+});
+
+// --- its caption and the alternatives
+
+function choose(index) {
+  current.chosen = index;
+  const { words, attention, probability } = current.captions[index];
+  showWord(null);
+  $("caption").replaceChildren();
+  words.forEach((word, place) => {
+    const element = make(attention ? "button" : "span", word, $("caption"));
+    if (!attention) return;
+    element.type = "button";
+    element.tabIndex = place ? -1 : 0;
+    element.addEventListener("mouseenter", () => showWord(place));
+    element.addEventListener("mouseleave", () => showWord(focused()));
+    element.addEventListener("focus", () => showWord(place));
+    element.addEventListener("blur", () => showWord(null));
+    element.addEventListener("click", () => showWord(place));
   });
-}
-$("choose").addEventListener("click", () => $("file").click());
-$("drop").addEventListener("click", () => $("file").click());
-
-let inside = 0; // drag events come for every element that is crossed
-const holdsFiles = (event) => event.dataTransfer?.types.includes("Files");
-function drag(change) {
-  inside = change === 0 ? 0 : inside + change;
-  document.body.classList.toggle("dragging", inside > 0);
-}
-document.addEventListener("dragenter", (event) => holdsFiles(event) && drag(1));
-document.addEventListener("dragleave", (event) => holdsFiles(event) && drag(-1));
-document.addEventListener("dragover", (event) => holdsFiles(event) && event.preventDefault());
-document.addEventListener("drop", (event) => {
-  if (!holdsFiles(event)) return;
-  event.preventDefault();
-  drag(0);
-  take(event.dataTransfer.files[0]);
-});
-document.addEventListener("paste", (event) => {
-  const file = event.clipboardData?.files[0];
-  if (file) {
-    event.preventDefault();
-    take(file);
-  }
-});
-
-// --- the camera: the phone's own app where there is a touch screen, else a live video
-
-const touch = matchMedia("(pointer: coarse)").matches;
-const live = Boolean(navigator.mediaDevices?.getUserMedia);
-$("camera").hidden = !touch && !live;
-$("camera").addEventListener("click", () => (touch ? $("shot").click() : openBooth()));
-
-async function openBooth() {
-  try {
-    $("video").srcObject = await navigator.mediaDevices.getUserMedia({
-      video: { facingMode: "environment", width: { ideal: 1280 } },
-    });
-  } catch {
-    fail("The camera can’t be used: there is none, or the browser was not allowed to.");
-    return;
-  }
-  $("booth").showModal();
-}
-$("booth").addEventListener("close", () => {
-  for (const track of $("video").srcObject?.getTracks() ?? []) track.stop();
-  $("video").srcObject = null;
-});
-$("leave").addEventListener("click", () => $("booth").close());
-$("snap").addEventListener("click", () => {
-  const video = $("video");
-  if (!video.videoWidth) return; // the first frame has not come yet
-  const canvas = document.createElement("canvas");
-  [canvas.width, canvas.height] = [video.videoWidth, video.videoHeight];
-  canvas.getContext("2d").drawImage(video, 0, 0);
-  canvas.toBlob((blob) => {
-    $("booth").close();
-    take(blob);
-  }, "image/jpeg", 0.95);
-});
-
-// --- asking for captions
-
-async function ask() {
-  if (!photo) return;
-  request?.abort();
-  const mine = (request = new AbortController());
-  $("error").hidden = true;
-  look(null);
-  if (photo.size > most) {
-    fail(`This file has ${megabytes(photo.size)} MB; at most ${megabytes(most)} MB are taken.`);
-    return;
-  }
-  main.dataset.state = captions.length ? "again" : "first";
-  $("status").textContent = "Captioning the photo.";
-  try {
-    const response = await fetch("caption", { method: "POST", body: form(), signal: mine.signal });
-    const answer = await response.json();
-    if (mine !== request) return;
-    if (!response.ok) throw new Error(answer.error);
-    main.dataset.state = "done";
-    show(answer.captions);
-    const more = captions.length > 1 ? ` ${captions.length - 1} alternatives below.` : "";
-    $("status").textContent = `Caption: ${sentence()}.${more}`;
-  } catch (error) {
-    if (mine !== request || error.name === "AbortError") return;
-    const lost = error instanceof TypeError || error instanceof SyntaxError;
-    fail(lost ? "The server can’t be reached. Is it still running?" : error.message);
-  }
-}
-
-function form() {
-  const method = settings.elements.method.value;
-  const data = new FormData();
-  data.append("image", photo, photo.name ?? "photo.jpg");
-  data.append("method", method);
-  data.append("max_words", settings.elements.max_words.value);
-  if (method === "beam") {
-    const beams = settings.elements.beam_size.value;
-    data.append("beam_size", beams);
-    data.append("n", Math.min(ALTERNATIVES, beams)); // more would widen the search
-  }
-  if (method === "sample") {
-    data.append("n", ALTERNATIVES);
-    data.append("temperature", settings.elements.temperature.value);
-    data.append("seed", seed);
-  }
-  if (method === "greedy") data.append("n", 1);
-  return data;
-}
-
-function fail(message) {
-  main.dataset.state = photo ? "failed" : "empty";
-  show([]);
-  $("error").textContent = /[.?!]$/.test(message) ? message : `${message}.`;
-  $("error").hidden = false;
-  $("status").textContent = "";
-}
-
-// --- showing them
-
-function show(found) {
-  captions = found;
-  $("result").hidden = !captions.length;
-  $("others").hidden = captions.length < 2;
-  $("list").replaceChildren(...captions.map(row));
-  if (captions.length) choose(0);
-  else look(null);
+  if (!words.length) make("em", "(no words)", $("caption"));
+  showScore(probability);
+  $("list").replaceChildren(...current.captions.flatMap((caption, place) => (place === index ? [] : [row(caption, place)])));
+  $("others").hidden = current.captions.length < 2;
+  $("photo").alt = current.captions[index].text;
 }
 
 function row(caption, index) {
@@ -185,38 +277,46 @@ function row(caption, index) {
   const button = make("button", "", item);
   button.type = "button";
   make("span", caption.text || "(no words)", button);
-  const share = make("span", percent(caption.probability), button);
+  const share = make("span", rating(caption.probability), button);
   share.className = "share";
-  share.title = `log-probability ${caption.log_prob.toFixed(2)}`;
+  if (about.model.sure) make("span", `${percent(caption.probability)} per word`, share).className = "number";
   button.addEventListener("click", () => {
+    const place = [...$("list").children].indexOf(item);
     choose(index);
-    $("status").textContent = `Shown: ${sentence()}.`;
+    showCards();
+    $("list").children[place].firstElementChild.focus(); // the caption that it took the place of
+    $("status").textContent = `Shown: ${sentence(current)}.`;
   });
   return item;
 }
 
-function choose(index) {
-  chosen = index;
-  const { words, attention, probability } = captions[index];
-  look(null);
-  $("caption").replaceChildren();
-  words.forEach((word, place) => {
-    const element = make(attention ? "button" : "span", word, $("caption"));
-    if (!attention) return;
-    element.type = "button";
-    element.tabIndex = place ? -1 : 0;
-    element.addEventListener("mouseenter", () => look(place));
-    element.addEventListener("mouseleave", () => look(focused()));
-    element.addEventListener("focus", () => look(place));
-    element.addEventListener("blur", () => look(null));
-    element.addEventListener("click", () => look(place));
-  });
-  if (!words.length) make("em", "(no words)", $("caption"));
-  $("score").textContent = `Each word ${percent(probability)} probable, on average`;
-  $("photo").alt = captions[index].text;
-  $("list").querySelectorAll("button").forEach((button, place) => {
-    button.setAttribute("aria-pressed", String(place === index));
-  });
+function rating(probability) {
+  if (!about.model.sure) return `${percent(probability)} per word`;
+  return ["unsure", "fairly sure", "sure"][about.model.sure.filter((least) => probability >= least).length];
+}
+
+function showScore(probability) {
+  $("score").textContent = about.model.sure ? "The model is " : "";
+  const button = make("button", rating(probability), $("score"));
+  Object.assign(button, { type: "button", className: "rating" });
+  button.setAttribute("aria-describedby", "number");
+  const number = make("span", `Each word was ${percent(probability)} probable, on average. That says how usual the sentence is, not whether it is true.`, $("score"));
+  Object.assign(number, { id: "number", className: "number" });
+  number.setAttribute("role", "tooltip");
+}
+
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") $("score").querySelector("button:focus")?.blur();
+});
+
+function showWord(place) {
+  [...$("caption").children].forEach((word, index) => word.classList.toggle("on", index === place));
+  const { words, attention } = current?.captions[current.chosen] ?? {};
+  if (place === null || !attention) {
+    hideAttention(attention ? `${touch ? "Tap" : "Point at"} a word to see where the model looked.` : "");
+  } else {
+    showAttention(words[place], attention[place]);
+  }
 }
 
 const focused = () => {
@@ -235,158 +335,42 @@ $("caption").addEventListener("keydown", (event) => {
   target.focus();
 });
 
-// --- what a word looked at: the photo is dimmed elsewhere
-
-function look(place) {
-  [...$("caption").children].forEach((word, index) => word.classList.toggle("on", index === place));
-  const attention = captions[chosen]?.attention;
-  const where = place === null || !attention ? null : attention[place];
-  $("veil").classList.toggle("shown", Boolean(where));
-  $("look").replaceChildren();
-  if (!where) {
-    $("look").textContent = attention ? `${touch ? "Tap" : "Point at"} a word to see where the model looked.` : "";
-    return;
-  }
-  drawVeil(where);
-  make("q", captions[chosen].words[place], $("look"));
-  $("look").append(` looked most at the ${region(where)}`);
-}
-
-function drawVeil(where) {
-  const [rows, columns, fine] = [where.length, where[0].length, 24];
-  const all = where.flat();
-  const [low, high] = [Math.min(...all), Math.max(...all)];
-  const veil = $("veil");
-  [veil.width, veil.height] = [columns * fine, rows * fine];
-  const context = veil.getContext("2d");
-  const pixels = context.createImageData(veil.width, veil.height);
-  for (let y = 0; y < veil.height; y++) {
-    for (let x = 0; x < veil.width; x++) {
-      const value = between(where, (y + 0.5) / fine - 0.5, (x + 0.5) / fine - 0.5);
-      const share = high > low ? (value - low) / (high - low) : 1;
-      pixels.data[4 * (y * veil.width + x) + 3] = 200 * (1 - share) ** 1.3;
-    }
-  }
-  context.putImageData(pixels, 0, 0);
-}
-
-function between(grid, y, x) {
-  // Smooth steps between the middles of the cells, flat beyond the outermost.
-  const [top, down] = neighbours(y, grid.length);
-  const [left, across] = neighbours(x, grid[0].length);
-  const mix = (row) => grid[row][left] * (1 - across) + grid[row][Math.min(left + 1, grid[0].length - 1)] * across;
-  return mix(top) * (1 - down) + mix(Math.min(top + 1, grid.length - 1)) * down;
-}
-
-function neighbours(place, count) {
-  const held = Math.max(0, Math.min(place, count - 1));
-  const first = Math.floor(held);
-  const part = held - first;
-  return [first, part * part * (3 - 2 * part)];
-}
-
-function region(where) {
-  const best = where.flat().reduce((top, value, index, all) => (value > all[top] ? index : top), 0);
-  const third = (place, count) => Math.floor(((place + 0.5) / count) * 3);
-  const row = ["top", "middle", "bottom"][third(Math.floor(best / where[0].length), where.length)];
-  const column = ["left", "middle", "right"][third(best % where[0].length, where[0].length)];
-  return row === column ? "middle" : column === "middle" ? `${row} middle` : row === "middle" ? `${column} side` : `${row} ${column}`;
-}
-
-// --- copying
-
-$("copy").addEventListener("click", async () => {
-  const said = (await copied(captions[chosen].text)) ? "Copied" : "Not copied";
-  $("copy").textContent = said;
-  $("status").textContent = `${said}.`;
-  setTimeout(() => ($("copy").textContent = "Copy"), 2000);
-});
-
-async function copied(text) {
-  if (navigator.clipboard) {
-    try {
-      await navigator.clipboard.writeText(text);
-      return true;
-    } catch { /* not allowed: the old way may be */ }
-  }
-  // Without https there is no clipboard but this one.
-  const area = make("textarea", text, document.body);
-  area.className = "unseen";
-  area.select();
-  const done = document.execCommand("copy");
-  area.remove();
-  $("copy").focus();
-  return done;
-}
+$("copy").addEventListener("click", () => copy(current.captions[current.chosen].text, $("copy")));
 
 // --- settings
 
 let pause = 0;
-settings.addEventListener("input", () => {
-  tell();
+$("settings").addEventListener("input", () => {
   clearTimeout(pause);
-  pause = setTimeout(ask, 250); // a slider on its way passes many values
+  pause = setTimeout(() => askAnew(photos), 250); // a slider on its way passes many values
 });
-settings.addEventListener("submit", (event) => event.preventDefault());
 $("again").addEventListener("click", () => {
-  seed += 1;
-  ask();
+  if (!current) return;
+  current.seed += 1;
+  askAnew([current]);
 });
-
-function tell() {
-  const method = settings.elements.method.value;
-  $("method-hint").textContent = HINTS[method] ?? "";
-  for (const part of settings.querySelectorAll("[data-for]")) part.hidden = part.dataset.for !== method;
-  const units = { max_words: ["word", "words"], beam_size: ["beam", "beams"] };
-  for (const output of settings.querySelectorAll("output")) {
-    const [name] = output.htmlFor;
-    const value = settings.elements[name].value;
-    const unit = units[name]?.[Number(value === "1" ? 0 : 1)] ?? "";
-    output.value = `${value} ${unit}`.trim();
-    settings.elements[name].setAttribute("aria-valuetext", output.value);
-  }
-}
-
-function offer(method) {
-  const last = settings.querySelector(".choices").lastElementChild;
-  const [button, label] = last.parentElement.appendChild(last.cloneNode(true)).children;
-  button.value = method;
-  label.textContent = method;
-}
 
 async function setUp() {
-  settings.elements.method.value = "beam";
-  tell();
+  showSettings();
+  if (touch) $("drop").querySelector(".lead").textContent = "Tap to choose photos";
+  takeIn(add, complain);
   try {
-    const about = await (await fetch("health")).json();
-    most = about.max_mb * 1e6;
-    const known = about.settings;
-    known.method.choices.filter((name) => !(name in HINTS)).forEach(offer); // methods added since
-    settings.elements.method.value = known.method.default;
-    settings.elements.beam_size.value = known.beam_size.default;
-    settings.elements.temperature.value = known.temperature.default;
-    settings.elements.max_words.max = known.max_words.most;
-    settings.elements.max_words.value = known.max_words.default ?? known.max_words.most;
-    tell();
+    about = await (await fetch("health")).json();
   } catch {
-    fail("The server can’t be reached. Is it still running?");
+    complain(LOST);
+    return;
   }
+  const { settings: known, model } = about;
+  if (model.name) $("model").textContent = `Model: ${model.name}${model.about ? ` (${model.about})` : ""}.`;
+  $("warning").textContent = model.warning;
+  $("address").hidden = !about.fetches;
+  offerSamples(about.examples, add);
+  setDefaults(known);
+  work();
 }
 
 // --- small things
 
-const sentence = () => captions[chosen].text || "no words";
-const megabytes = (bytes) => (bytes / 1e6).toPrecision(3).replace(/\.?0+$/, "");
-function percent(share) {
-  const whole = 100 * share;
-  return whole > 0 && whole < 1 ? "below 1 %" : `${Math.round(whole)} %`;
-}
-
-function make(tag, text, parent) {
-  const element = document.createElement(tag);
-  element.textContent = text;
-  parent.append(element);
-  return element;
-}
+const sentence = (photo) => photo.captions[photo.chosen]?.text || "no words";
 
 setUp();
