@@ -83,7 +83,7 @@ async function ask(photo) {
   try {
     if (!photo.file) {
       const answer = await photo.get(request.signal);
-      if (!answer.ok) throw new Refusal((await answer.json()).error);
+      if (!answer.ok) throw new Refusal((await answer.json()).error, true);
       const file = await answer.blob();
       if (photo.request !== request) return;
       hold(photo, file);
@@ -95,19 +95,25 @@ async function ask(photo) {
     }
     const answer = await fetch("caption", { method: "POST", body: form(photo), signal: request.signal });
     const { captions, error } = await answer.json();
-    if (!answer.ok) throw new Refusal(error);
+    if (!answer.ok) throw new Refusal(error, answer.status >= 500);
     if (photo.request !== request) return;
     Object.assign(photo, { state: "done", captions: distinct(captions), chosen: 0 });
   } catch (error) {
     if (photo.request !== request) return; // it was asked anew, or removed
-    Object.assign(photo, { state: "failed", captions: [], error: error instanceof Refusal ? error.message : LOST });
+    const { message, passing } = error instanceof Refusal ? error : new Refusal(LOST, true);
+    Object.assign(photo, { state: "failed", captions: [], error: message, passing });
   }
   show(photo);
   tell(photo);
   work();
 }
 
-class Refusal extends Error {}
+class Refusal extends Error {
+  constructor(message, passing = false) {
+    super(message);
+    this.passing = passing; // whether the same photo may have a caption later
+  }
+}
 
 function askAnew(some) {
   for (const photo of some) {
@@ -206,7 +212,7 @@ function show(photo) {
   main.dataset.state = !photo ? "empty" : busy ? (captioned ? "again" : "first") : photo.state;
   $("error").hidden = !photo?.error;
   $("error").textContent = !photo?.error || /[.?!]$/.test(photo.error) ? (photo?.error ?? "") : `${photo.error}.`;
-  $("retry").hidden = photo?.state !== "failed";
+  $("retry").hidden = photo?.state !== "failed" || !photo.passing;
   $("result").hidden = !captioned;
   $("credit").hidden = !photo?.credit;
   if (!photo) return hideAttention("");

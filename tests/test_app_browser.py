@@ -326,6 +326,32 @@ def test_a_photo_can_be_dropped_or_pasted(open_page, photo, captioner):
         assert " ".join(words_of(page)) == captioner.caption(picture(seed))
 
 
+def test_the_photos_of_a_dropped_folder_are_captioned_in_the_order_of_their_names(open_page):
+    """Scripts can't make a folder: these stand for what a browser hands over."""
+    page = open_page(**DESKTOP)
+    page.evaluate(
+        """(bytes) => {
+          const file = (name, type) => ({ name, isFile: true,
+            file: (done) => done(new File([new Uint8Array(bytes)], name, { type })) });
+          const folder = (name, inside) => ({ name, isDirectory: true, createReader: () => {
+            const parts = [inside.slice(0, 2), inside.slice(2), []]; // it lists some at a time
+            return { readEntries: (done) => done(parts.shift()) };
+          } });
+          const photo = (name) => file(name, "image/png");
+          const root = folder("holiday", [photo("10.png"), photo("9.png"),
+            file("notes.txt", "text/plain"), folder("11 more", [photo("1.png")])]);
+          const entries = [root, photo("alone.png")];
+          const event = new Event("drop", { bubbles: true, cancelable: true });
+          event.dataTransfer = { types: ["Files"], files: [],
+            items: entries.map((entry) => ({ webkitGetAsEntry: () => entry })) };
+          document.body.dispatchEvent(event);
+        }""",
+        list(png(picture(1))),
+    )
+    expect(page.get_by_role("status")).to_contain_text("All 4 photos have captions.")
+    assert [name for name, _ in cards(page)] == ["9.png", "10.png", "1.png", "alone.png"]
+
+
 def test_a_photo_can_be_taken_with_the_camera(open_page):
     page = open_page(**DESKTOP, permissions=["camera"])
     page.get_by_role("button", name="Take a photo").click()
@@ -351,6 +377,7 @@ def test_a_file_that_is_no_photo_gets_a_line_and_the_next_one_a_caption(
         page.set_input_files("#file", path)
         expect(page.get_by_role("alert")).to_have_text(message)
         assert page.locator("#result").is_hidden()
+        assert page.locator("#retry").is_hidden()  # it would be refused again
     assert cards(page)[0] == ("notes.txt", "notes.txt is not an image that can be read (no image "
                               "format that is known)")  # fmt: skip
     look_at(page, "desktop-error")
