@@ -21,7 +21,7 @@ from PIL import Image
 from decoding import METHODS, DecodingConfig
 from inference import SHIPPED, Captioner, Explained, list_checkpoints
 from model import read_header
-from util import cards, openapi, origins, program, uploads
+from util import cards, fetching, openapi, origins, program, uploads
 from util.files import UserError
 from util.image_process import ImageReader
 from util.images import MAX_PIXELS
@@ -353,7 +353,7 @@ def main(argv: list[str] | None = None) -> None:
         hostnames=(*config.hostnames, config.host),
         allow_origin=config.allow_origin,
         model=describe_model(checkpoints),
-        fetch=None,
+        fetch=fetching.fetch if config.fetch_urls else None,
     )
     server = create_server(app, config)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # it reports queues

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 
 
 PHOTO = png(picture(1))
+JSON = {"Content-Type": "application/json"}
 watching: list[list[str]] = []
 
 
@@ -182,6 +183,15 @@ def test_the_script_serves_until_it_is_interrupted(run):
         connection.request("GET", "/")
         page = connection.getresponse()
         assert page.status == 200 and b"<h1>Image captioning</h1>" in page.read()
+        # Whoever asks the server to fetch an address from where it stands gets nothing from inside.
+        inside = f"http://localhost:{port}/examples/cat.jpg"
+        for path in ("/caption", "/fetch"):
+            connection.request("POST", path, json.dumps({"url": inside}), JSON)
+            answer = connection.getresponse()
+            said = json.loads(answer.read())["error"]
+            assert (answer.status, said) == (
+                400, f"{inside} can't be fetched: localhost has no public address"
+            )  # fmt: skip
         connection.close()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
@@ -220,6 +230,8 @@ def test_the_script_ends_while_an_image_is_being_read(run):
         (["--max-mb", "0"], "max mb 0 must be above 0 and at most 1000"),
         (["--max-mb", "nan"], "max mb nan must be above 0 and at most 1000"),
         (["--at-once", "0"], "at once 0 must be at least 1"),
+        (["--allow-origin", "*"], "allow origin '*' is not an origin; give scheme and host, as"),
+        (["--allow-origin", "example.org"], "allow origin 'example.org' is not an origin; give"),
         (["--max-words", "9"], "max words 9 must be between 1 and the model's 8"),
         (["--host", "256.0.0.1"], "can't listen at 256.0.0.1, port 8000 ("),
         (["--checkpoint", "nowhere"], "no checkpoint at nowhere: there is no such file or folder"),
