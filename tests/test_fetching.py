@@ -1,5 +1,6 @@
 """Fetching a stranger's address reaches no host inside, and ends in time and in one line."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -272,6 +273,25 @@ def test_a_server_that_sends_a_byte_now_and_then_is_left(path, inside):
     reason = reason_of(f"{inside}{path}", private=True, max_seconds=0.3)
     assert reason == "it takes more than 0.3 seconds"
     assert time.monotonic() - began < 20
+
+
+def test_a_handshake_that_never_ends_is_left(server):
+    """A record of encryption is announced, and comes a byte at a time."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip():
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                connection.sendall(b"\x16\x03\x03\x40\x00")
+                while not server.over.wait(0.02):
+                    connection.sendall(b"x")
+
+        threading.Thread(target=drip, daemon=True).start()
+        began = time.monotonic()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/"
+        reason = reason_of(url, private=True, max_seconds=0.3)
+        assert reason == "it takes more than 0.3 seconds"
+        assert time.monotonic() - began < 20
 
 
 def test_proxies_of_the_environment_are_not_asked(outside, asked, monkeypatch):

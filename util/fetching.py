@@ -99,6 +99,14 @@ class Deadline:
         """Return the seconds that are left."""
         return self.end - time.monotonic()
 
+    def watch(self, connection: socket.socket) -> socket.socket:
+        """Return a connection that ends with the time; UserError if it is over already."""
+        self.connection = connection
+        if self.is_over:
+            connection.close()
+            raise UserError
+        return connection
+
     def stop(self) -> None:
         """End the connection, for the thread that reads from it too."""
         if self.connection is not None:
@@ -139,8 +147,12 @@ def request(
     try:
         connection.sock, inside = connect(host, port, deadline, private)
         if parts.scheme == "https":
-            connection.sock = tls_context().wrap_socket(connection.sock, server_hostname=host)
-            deadline.connection = connection.sock
+            connection.sock = deadline.watch(
+                tls_context().wrap_socket(
+                    connection.sock, server_hostname=host, do_handshake_on_connect=False
+                )
+            )
+            connection.sock.do_handshake()
         default = PORTS[parts.scheme] == port
         name = parts.netloc.rpartition(":")[0] if default else parts.netloc
         target = f"{parts.path}?{parts.query}" if parts.query else parts.path
@@ -178,10 +190,11 @@ def connect(host: str, port: int, deadline: Deadline, private: bool) -> tuple[so
         raise refusal
     failure: OSError = ConnectionError("no address answers")
     for family, kind, protocol, _, address in found:
-        connection = deadline.connection = socket.socket(family, kind, protocol)
+        connection = deadline.watch(socket.socket(family, kind, protocol))
         try:
             connection.settimeout(max(0.001, min(deadline.remaining, MAX_SECONDS / 2)))
             connection.connect(address)
+            deadline.watch(connection)
             inside = inside or is_own(connection)
             if inside and not private:
                 raise refusal
