@@ -166,6 +166,7 @@ function makeCard(photo) {
   image.hidden = true;
   image.draggable = false;
   image.decoding = "async";
+  image.loading = "lazy";
   image.addEventListener("error", () => (image.hidden = true));
   make("span", photo.name, button).className = "name";
   make("span", "", button).className = "text";
@@ -249,7 +250,7 @@ function showCredit({ credit, link }) {
 }
 
 $("retry").addEventListener("click", () => {
-  askAnew([current]);
+  askAnew(photos.filter(({ state, passing }) => state === "failed" && passing));
   $("choose").focus();
 });
 

@@ -14,7 +14,7 @@ MEANINGS = {
     "n": "number of captions; greedy has one",
     "beam_size": "beams of beam search; at least n are used",
     "length_penalty": "beam search ranks by log-probability / length to this power",
-    "no_repeat_ngram": "no sequence of this many words occurs twice (0: off)",
+    "no_repeat_ngram": "no sequence of this many words occurs twice (null: as the model file asks)",
     "max_words": "longest caption in words (null: what the model was trained for)",
     "min_words": "shortest caption in words",
     "temperature": "sampling: below 1 prefers probable words, above 1 gives more variety",
