@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -81,6 +82,28 @@ def test_a_photo_is_never_written_to_the_disk(captioner, client):
             written = watching.pop()
     assert status == 200 and json.loads(body)["captions"]
     assert written == []
+
+
+def curl_commands():
+    """Return the commands of docs/app.md that ask for captions."""
+    text = (ROOT / "docs/app.md").read_text(encoding="utf-8")
+    return re.findall(r"^curl .*/caption.*$", text, re.MULTILINE)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_the_commands_for_other_programs_work(captioner, tmp_path):
+    application = app.create_app(captioner, fetch=lambda url, max_bytes: PHOTO)
+    (tmp_path / "photo.jpg").write_bytes(PHOTO)
+    assert len(curl_commands()) >= 4
+    with serving(application) as port:
+        for command in curl_commands():
+            # Of the tiny model no caption has more than 8 words.
+            command = command.replace(":8000", f":{port}").replace("max_words=12", "max_words=8")
+            done = subprocess.run(
+                ["bash", "-c", f"{command} --silent --noproxy '*'"],
+                cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            )  # fmt: skip
+            assert json.loads(done.stdout)["captions"][0]["words"], command
 
 
 def test_a_real_upload_that_is_too_large_is_answered(captioner):

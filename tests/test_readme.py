@@ -37,10 +37,10 @@ NOT_RUN = {
     "python download_data.py": "needs the network: tests/test_download_data.py has a local server",
     "python app.py": "serves until it is stopped: tests/test_app_server.py",
 }
-# Flags of pip, docker and torchrun.
+# Flags of pip, docker, torchrun and curl.
 OTHER_FLAGS = {
     "--index-url", "--shm-size", "--nproc-per-node", "--nnodes", "--rdzv-backend",
-    "--rdzv-endpoint", "--max-restarts", "--hypothesis-profile",
+    "--rdzv-endpoint", "--max-restarts", "--hypothesis-profile", "--data-binary",
 }  # fmt: skip
 SIZES = ["--d-model", "16", "--n-head", "2", "--n-decode", "1", "--fc-dim", "32"]
 FAST = ["--limit", "4", "--workers", "0"]
