@@ -227,8 +227,9 @@ function showImage(photo) {
   const image = $("photo");
   image.alt = photo.captions[photo.chosen]?.text ?? photo.name;
   if (photo.source && image.src === photo.source) return;
-  image.hidden = !photo.source; // it is being fetched
-  $("unseen").hidden = true;
+  image.hidden = !photo.source;
+  $("unseen").hidden = Boolean(photo.source);
+  $("unseen").textContent = photo.state === "failed" ? "There is no photo to show." : "The photo is being fetched.";
   if (photo.source) image.src = photo.source;
 }
 
@@ -240,6 +241,7 @@ $("photo").addEventListener("error", () => {
   if (!$("photo").hasAttribute("src")) return;
   $("photo").hidden = true;
   $("unseen").hidden = false;
+  $("unseen").textContent = "This browser can’t show this file.";
 });
 
 function showCredit({ credit, link }) {

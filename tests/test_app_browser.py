@@ -377,6 +377,7 @@ def test_a_file_that_is_no_photo_gets_a_line_and_the_next_one_a_caption(
         page.set_input_files("#file", path)
         expect(page.get_by_role("alert")).to_have_text(message)
         assert page.locator("#result").is_hidden()
+        expect(page.locator("#unseen")).to_have_text("This browser can’t show this file.")
         assert page.locator("#retry").is_hidden()  # it would be refused again
     assert cards(page)[0] == ("notes.txt", "notes.txt is not an image that can be read (no image "
                               "format that is known)")  # fmt: skip
@@ -503,6 +504,7 @@ def test_an_address_that_leads_nowhere_gets_a_line_and_stays(open_page):
     message = "there is no photo at https://photos.example/gone.png"
     expect(page.get_by_role("alert")).to_have_text(f"{message}.")
     assert cards(page) == [("gone.png", message)]
+    expect(page.locator("#unseen")).to_have_text("There is no photo to show.")
 
 
 def test_a_sample_is_captioned_and_credited(open_page, captioner):
