@@ -51,7 +51,7 @@ EXAMPLES = Path(__file__).parent / "docs" / "examples"
 # What weights/README.md says of the shipped model, and the probabilities from which its captions
 # are called fairly sure and sure: of 550 validation images (400 of Flickr8k, 150 of COCO), 44 % of
 # the captions below the first have a CIDEr below 0.2, so that they have next to nothing in common
-# with those of people; between the two 27 %, above the second 13 %.
+# with those of people; between the two 27 %, above the second 12 %.
 WARNING = "Captions are often wrong."
 CARD = "of a hundred everyday photographs, 28 had a caption with nothing false in it"
 SURE = [0.5, 0.6]
