@@ -4,7 +4,7 @@ An image comes as a file of a form, in base64 in a JSON object, as the body itse
 address that the server fetches. Settings come beside it, or in the query of the address.
 """
 
-import binascii
+import base64
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
@@ -129,10 +129,8 @@ def decode_image(value: Any) -> bytes:
         text = unquote_to_bytes(text).decode("latin-1")
     text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
     try:
-        return binascii.a2b_base64(
-            (text + "=" * (-len(text) % 4)).encode("ascii"), strict_mode=True
-        )
-    except (ValueError, UnicodeEncodeError) as error:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except ValueError as error:
         raise UserError("image is neither base64 nor a data: URI") from error
 
 
