@@ -35,8 +35,11 @@ NOT_RUN = {
     "pip install": "needs the network",
     "pytest": "is this test run",
     "python download_data.py": "needs the network: tests/test_download_data.py has a local server",
+    "python notebooks/execute.py": "takes minutes: tests/test_notebooks.py runs the notebooks",
     "python app.py": "serves until it is stopped: tests/test_app_server.py",
 }
+# The pages whose commands are run, and a word of the commands behind the README's scores.
+RUN_PAGES, SCORES = ("README.md", "docs/modules.md"), "show-and-tell"
 # Flags of pip, docker, torchrun and curl.
 OTHER_FLAGS = {
     "--index-url", "--shm-size", "--nproc-per-node", "--nnodes", "--rdzv-backend",
@@ -117,7 +120,7 @@ def home(drawn, tmp_path_factory) -> Path:
     save_file(build_tiny().state_dict(), home / "PATH.safetensors")
     data = ["--data-dir", str(home / "data/flickr8k")]
     train.main([*data, "--output", str(home / "runs/flickr8k"), *small_flags(home)])
-    names = re.findall(r"\bruns/[\w-]+", (ROOT / "README.md").read_text("utf-8"))
+    names = re.findall(r"\bruns/[\w-]+", "\n".join(find_commands()))
     for name in set(names) - {"runs/flickr8k", "runs/NAME"}:
         shutil.copytree(home / "runs/flickr8k", home / name)
     shutil.copy(home / "runs/flickr8k/best.safetensors", home / "captioner.safetensors")
@@ -162,8 +165,12 @@ def shorten(command: str, home: Path) -> list[str]:
 
 
 def find_commands() -> list[str]:
-    """Return the README's commands that are run here, each once."""
-    text = "\n".join(block.text for block in find_blocks("bash") if block.page == "README.md")
+    """Return the commands that are run here, each once: the README's, and those it leads to."""
+    text = "\n".join(
+        block.text
+        for block in find_blocks("bash")
+        if block.page in RUN_PAGES or (block.page == "docs/results.md" and SCORES in block.text)
+    )
     lines = text.replace("\\\n", " ").replace("&&", "\n").split("\n")
     commands = [shlex.join(shlex.split(line, comments=True)) for line in lines]
     chosen = (each for each in commands if each and not each.startswith(tuple(NOT_RUN)))

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 HERE = Path(__file__).parent
+FIGURES = ("attention", "captions")  # the images of this folder that are no photographs
 sys.path.insert(0, str(HERE.parents[1]))
 
 import inference  # noqa: E402
@@ -30,7 +31,7 @@ JUDGED = {
 
 def main() -> None:
     """Caption the photographs and write the page."""
-    paths = [path for path in sorted(HERE.glob("*.jpg")) if path.name != "captions.jpg"]
+    paths = [path for path in sorted(HERE.glob("*.jpg")) if path.stem not in FIGURES]
     captions = {path: inference.caption(path) for path in paths}
     order = sorted(paths, key=lambda path: list(JUDGED).index(captions[path]))
     items = [(Image.open(path), captions[path], [JUDGED[captions[path]]]) for path in order]
