@@ -1,13 +1,16 @@
 """The model in the repository works right after a clone, and is what its card says."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.tiny import picture
+from PIL import Image
 from safetensors import safe_open
 
 from inference import SHIPPED, Captioner
@@ -35,6 +38,31 @@ def test_the_readmes_first_photograph_has_the_caption_that_it_says():
     captioner = Captioner.load(SHIPPED, "cpu", precision="float32")
     caption = captioner.caption(ROOT / "docs/examples/coffee.jpg")
     assert f"It prints `{caption}`" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_opens_with_a_figure_that_the_project_draws(tmp_path):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    figure = ROOT / "docs/examples/attention.jpg"
+    assert "](docs/examples/attention.jpg)" in "".join(readme.splitlines()[:8])
+    assert figure.stat().st_size < 150_000
+    scope = runpy.run_path(str(ROOT / "docs/examples/attention.py"))
+    scope["main"](tmp_path / "attention.jpg")
+    drawn, shown = (
+        np.asarray(Image.open(path).convert("RGB"), np.float32)
+        for path in (tmp_path / "attention.jpg", figure)
+    )
+    assert drawn.shape == shown.shape and np.abs(drawn - shown).mean() < 3  # of 255
+
+
+def test_the_statistics_are_of_the_captions_that_the_card_names(header):
+    statistics = json.loads((SHIPPED.parent / "caption_statistics.json").read_text())
+    counts, rare = statistics["word_counts"], statistics["rare_words"]
+    assert len(counts) == len(header["vocabulary"]) and counts == sorted(counts, reverse=True)
+    assert counts[-1] == 4 and set(rare) == {"1", "2", "3"}  # --min-count
+    words = sum(counts) + sum(int(count) * number for count, number in rare.items())
+    assert words == sum(int(length) * n for length, n in statistics["lengths"].items())
+    assert statistics["captions"] == sum(statistics["lengths"].values()) == 43031
+    assert "43,031 captions" in (ROOT / "weights/README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
