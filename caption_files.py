@@ -4,6 +4,7 @@ import logging
 import os
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -13,13 +14,30 @@ from util.folders import Folders, add_folders
 
 log = logging.getLogger(__name__)
 
+
+class Columns(NamedTuple):
+    """The columns that a user's table has its images and captions in, where they are named."""
+
+    image: str | None = None
+    caption: str | None = None
+
+    @property
+    def flags(self) -> dict[str, str]:
+        """The flags that name them, with their values."""
+        return {f"--{key}-column": name for key, name in self._asdict().items() if name}
+
+
+NOT_NAMED = Columns()
 COLUMNS = ["image_id", "file", "caption", "split"]
 # Names of a captions table's columns, in lower case; the first that is there is used.
 COLUMN_NAMES = {
     "image": ("image", "file_name", "filename", "image_name", "image_path", "file", "path"),
-    "caption": ("caption", "text", "comment", "caption_text", "description", "sentence"),
+    "caption": (
+        "caption", "text", "comment", "caption_text", "description", "sentence", "captions",
+        "sentences",
+    ),
     "split": ("split",),
-}
+}  # fmt: skip
 # What JSON of another structure raises.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
@@ -40,9 +58,14 @@ def read_token_file(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS, dtype=object)
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """Return the table of a file in one of the formats of `util.tables`."""
-    table = tables.read_table(path, COLUMN_NAMES, optional=["split"], repeated=["caption"])
+def read_table(path: Path, columns: Columns = NOT_NAMED) -> pd.DataFrame:
+    """Return the table of a file in one of the formats of `util.tables`.
+
+    `columns` are read, or those that are found by their usual names.
+    """
+    named = {column: name for column, name in columns._asdict().items() if name}
+    how = {"optional": ["split"], "repeated": ["caption"], "named": named}
+    table = tables.read_table(path, COLUMN_NAMES, **how)
     names = {}
     for number, name in table["image"].drop_duplicates().items():
         if not name.strip():

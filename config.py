@@ -21,7 +21,7 @@ from decoder import DecoderConfig
 from encoder import BACKBONES, EncoderConfig
 from losses import OBJECTIVES
 from model_file import read_metadata
-from readers import DATASETS
+from readers import DATASETS, Columns, check_columns
 from util import distributed, files, program
 from util.checkpoints import is_run_config
 from util.files import IDENTITY, UserError
@@ -87,6 +87,12 @@ class DataConfig:
     """KIND:DIR, another dataset to train on in the same run, as in --also coco:data/coco; may be
     given several times. The batches mix all datasets, each is validated alone, and the best epoch
     is that of the highest mean CIDEr."""
+    image_column: str | None = None
+    """Column of a table (--dataset csv) that has the images' names, where it is not found."""
+    caption_column: str | None = None
+    """Column of a table that has the captions; caption also means caption_0, caption_1 …"""
+    strict: bool = False
+    """Refuse images that lack their last bytes, in place of reading them as far as they go."""
     split_seed: int = field(default=0, metadata=IDENTITY)
     """Seed of the split where the dataset has none of its own."""
     train_fraction: float = field(default=1.0, metadata=IDENTITY)
@@ -106,6 +112,11 @@ class DataConfig:
     random crops, every other one mirrored. Each epoch uses one of them, chosen at random."""
     workers: int = field(default_factory=default_workers)
     """Processes that read images."""
+
+    @property
+    def columns(self) -> Columns:
+        """The columns of tables that the flags name."""
+        return Columns(self.image_column, self.caption_column)
 
 
 @dataclass(frozen=True)
@@ -399,8 +410,8 @@ def validate(config: Config) -> None:
     if folder and files.identify(folder) == files.identify(config.data.data_dir or ""):
         raise UserError(f"--output {folder} is the folder of the dataset; name another folder")
     check_allowed(config.data.data_dir, config.data.allow_commands)
-    for each in config.data.also:
-        parse_also(each)
+    kinds = [config.data.dataset, *(parse_also(each)[0] for each in config.data.also)]
+    check_columns(config.data.columns, kinds)
     if config.data.also and config.data.dataset == "shards":
         raise UserError("--also does not go with --dataset shards, which are streamed alone")
     train = config.train

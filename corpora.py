@@ -6,17 +6,22 @@ Each has its own splits and its own feature caches. Their train splits are train
 (`join_train`), with one vocabulary; validation scores each alone.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from config import DataConfig, parse_also
-from readers import Record, data_folder, list_shards, load_splits
+from config import DataConfig, fits, parse_also
+from model_file import read_metadata
+from readers import DATASETS, NOT_NAMED, Columns, Record, data_folder, list_shards, load_splits
 from util.cache import FeatureCache
 from util.files import UserError
+
+log = logging.getLogger(__name__)
 
 Records = dict[str, Sequence[Record]]  # by split
 Caches = dict[str, FeatureCache]
@@ -77,7 +82,8 @@ def load_records(data: DataConfig, kind: str, folder: str | None) -> Records:
         train = list_shards(root, "train", data.cache_dir)  # images are streamed
         splits = {"train": train} | load_splits(*where, splits=("val", "test"))
     else:
-        splits = load_splits(*where, required=("train",))
+        columns = data.columns if kind == "csv" else NOT_NAMED
+        splits = load_splits(*where, required=("train",), columns=columns)
     n_train = max(1, round(data.train_fraction * len(splits["train"])))
     splits["train"] = splits["train"][:n_train]
     return {split: records[: data.limit] for split, records in splits.items()}
@@ -133,3 +139,77 @@ def mean_scores(scores: dict[str, dict[str, float]]) -> dict[str, float]:
         for corpus, values in scores.items()
         for name, value in values.items()
     }
+
+
+# --- what a model was trained on
+
+
+class Trained(NamedTuple):
+    """What the header of a model file says of the data that the model was trained on.
+
+    `kinds`: those of all its datasets, and of the models that it started from; empty if unknown.
+    `also`: the kinds of further datasets by the names of their folders.
+    """
+
+    kinds: frozenset[str] = frozenset()
+    dataset: str = "flickr8k"
+    also: Mapping[str, str] = MappingProxyType({})
+    columns: Columns = NOT_NAMED
+    split_seed: int = 0
+
+    def pick_dataset(self, data_dir: str | None) -> str:
+        """Return the kind of the dataset in a folder: that which it had in training."""
+        return self.also.get(Path(data_dir).expanduser().name if data_dir else "", self.dataset)
+
+    def warn_of_other_kind(self, dataset: str) -> None:
+        """Log where a model of photographs is to be scored on drawings, or the other way round."""
+        known = ", ".join(sorted(self.kinds))
+        if not self.kinds or "shards" in self.kinds or dataset == "shards":  # may be of anything
+            return
+        if dataset == "shapes" and "shapes" not in self.kinds:
+            log.warning(
+                "this model was trained on photographs (%s) and is scored on drawings (shapes), "
+                "which it does not know", known,
+            )  # fmt: skip
+        elif dataset != "shapes" and self.kinds == {"shapes"}:
+            log.warning(
+                "this model was trained on drawings (shapes) and is scored on photographs (%s), "
+                "which it does not know", dataset,
+            )  # fmt: skip
+
+
+def read_trained(checkpoint: Path) -> Trained:
+    """Return what the model of a checkpoint was trained on; of a mean of models, the first."""
+    if checkpoint.suffix == ".onnx":
+        return Trained()
+    training = read_metadata(checkpoint).get("training")
+    flags = training
+    while isinstance(flags, dict) and isinstance(flags.get("mean_of"), list):
+        flags = next(iter(flags["mean_of"]), None)
+    if not isinstance(flags, dict) or str(flags.get("dataset")) not in DATASETS:
+        return Trained()
+    names = [flags.get(f"{name}_column") for name in Columns._fields]
+    columns = Columns(*(name if name and fits(name, str) else None for name in names))
+    seed = flags.get("split_seed")
+    also = {folder: kind for kind, folder in list_also(flags)}
+    kinds = frozenset(list_kinds(training))
+    return Trained(kinds, flags["dataset"], also, columns, seed if type(seed) is int else 0)
+
+
+def list_also(flags: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return kind and folder of the further datasets in the flags of a header."""
+    also = flags.get("also") if fits(flags.get("also"), tuple[str, ...]) else []
+    pairs = [tuple(each.partition(":")[::2]) for each in also]
+    return [(kind, folder) for kind, folder in pairs if kind in DATASETS]
+
+
+def list_kinds(flags: Any) -> list[str]:
+    """Return the kinds of all datasets in the flags of a header, those of earlier models too."""
+    if not isinstance(flags, dict):
+        return []
+    means = flags.get("mean_of")
+    earlier = [flags.get("init_from"), *(means if isinstance(means, list) else [])]
+    own = [str(flags.get("dataset"))]
+    own += [kind for kind, _ in list_also(flags)]
+    own += [kind for each in earlier for kind in list_kinds(each)]
+    return [kind for kind in own if kind in DATASETS]

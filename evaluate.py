@@ -23,20 +23,22 @@ from PIL import Image
 from torch import Tensor, nn
 
 import metrics
+from corpora import Trained, read_trained
 from decoding import DecodingConfig, decode, to_captions
 from encoder import PRECISIONS, pick_dtype
 from features import FeatureCache, encode_images
-from inference import Captioner, list_checkpoints
+from inference import SHIPPED, Captioner, list_checkpoints
 from losses import cross_entropy
 from model import CaptionModel, ModelEnsemble
 from onnx_model import OnnxModel
-from readers import DATASETS, Record, load_split
+from readers import CACHE, DATASETS, Columns, Record, load_split
 from shards import SPLITS
 from util import distributed, files, program
 from util.files import UserError
 from util.images import read_image, report_left_out
 from util.progress import progress_bar
 from util.tars import check_allowed
+from util.truncation import set_strict
 
 log = logging.getLogger(__name__)
 
@@ -326,16 +328,22 @@ class Config:
     """Several checkpoints, decoded together: their probabilities are averaged."""
     captions: Path | None = None
     """Score the captions of this file (COCO results format) and use no model."""
-    dataset: Literal[tuple(DATASETS)] = "flickr8k"
-    """The dataset that the split is of."""
+    dataset: Literal[tuple(DATASETS)] | None = None
+    """The dataset that the split is of (default: that which the model was trained on)."""
     data_dir: str | None = None
     """Folder of the dataset's own files (default: data/DATASET); of shards, or their URL."""
     allow_commands: bool = False
     """Let --data-dir pipe:COMMAND run its command."""
     split: Literal[SPLITS] = "test"
     """Which split of it."""
-    split_seed: int = 0
-    """Seed of the split of a dataset that has none of its own."""
+    split_seed: int | None = None
+    """Seed of the split of a dataset that has none of its own (default: that of the training)."""
+    image_column: str | None = None
+    """Column of a table (--dataset csv) with the images' names (default: that of the training)."""
+    caption_column: str | None = None
+    """Column of a table with the captions (default: that of the training)."""
+    strict: bool = False
+    """Leave out images that lack their last bytes, in place of reading them as far as they go."""
     limit: int | None = None
     """Use only this many images of the split."""
     java: bool = True
@@ -377,14 +385,18 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
     The captions are by the ids of the split's records. Writes the page that `report` asks for.
     Several processes share the images; all but the main one return nothing.
     """
-    split = load_split(config.dataset, config.data_dir, config.split, config.split_seed)
+    checkpoints = list_checkpoints(config.checkpoint, config.ensemble)
+    first = (checkpoints or [SHIPPED])[0]
+    trained = read_trained(first) if first.exists() and not config.captions else Trained()
+    dataset = config.dataset or trained.pick_dataset(config.data_dir)
+    split = load_split(*choose_data(config, dataset, trained))
+    trained.warn_of_other_kind(dataset)
     used = len(split) if config.limit is None else config.limit
     records = split[:used]
     if config.captions:
         captions = match_image_ids(read_captions(config.captions), records, split[used:])
         source: dict[str, Any] = {"captions": config.captions.name}
     else:
-        checkpoints = list_checkpoints(config.checkpoint, config.ensemble)
         model = Captioner.load(checkpoints, config.device).model
         if isinstance(model, OnnxModel):
             raise UserError(
@@ -409,10 +421,22 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
     if not distributed.is_main():
         return {}, {}
     scores = score_captions(records, captions, java=config.java)
-    about = {"dataset": config.dataset, "split": config.split, "images": len(records)}
+    about = {"dataset": dataset, "split": config.split, "images": len(records)}
     if config.report:
         write_report(config.report, records, captions, {**scores, **about})
     return {**scores, **about, **source}, captions
+
+
+def choose_data(config: Config, dataset: str, trained: Trained) -> tuple[Any, ...]:
+    """Return the arguments of `load_split`: what no flag says is as it was in training."""
+    columns = Columns(config.image_column, config.caption_column)
+    if dataset == "csv":
+        pairs = zip(columns, trained.columns, strict=True)
+        columns = Columns(*(own or then for own, then in pairs))
+    seed = config.split_seed
+    if seed is None:
+        seed = trained.split_seed if dataset in {trained.dataset, *trained.also.values()} else 0
+    return dataset, config.data_dir, config.split, seed, CACHE, columns
 
 
 def check_outputs(config: Config) -> None:
@@ -444,12 +468,13 @@ def main(argv: list[str] | None = None) -> None:
         Config, argv, program="evaluate.py", description="Caption a split and score the captions."
     )
     check_outputs(config)
+    set_strict(config.strict)
     with distributed.join():
         threads.set_up_process(config.threads)
         report, captions = evaluate(config)
     if not report:  # only the main process has one
         return
-    print(f"{config.dataset} {config.split}, {report['images']} images")
+    print(f"{report['dataset']} {config.split}, {report['images']} images")
     print_scores(report)
     if config.json:
         files.write_json(config.json, report)

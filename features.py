@@ -41,7 +41,7 @@ from encoder import (
     multiplies_bfloat16,
     prepare_encoder,
 )
-from readers import DATASETS, Record, load_splits
+from readers import DATASETS, Columns, Record, load_splits
 from shards import write_shards
 from util import cache, files, program
 from util.cache import FeatureCache, digest
@@ -51,6 +51,7 @@ from util.images import UNREADABLE, read_image, report_left_out
 from util.seeding import fork_seeded
 from util.sources import read_source
 from util.tars import check_allowed
+from util.truncation import is_strict, set_strict
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,8 @@ def describe(
         "views": views,
         "image_ids": image_ids,
         "image_files": digest("\n".join(lines)),
+        # Only where it is set: caches of other versions lack it.
+        **({"strict": True} if is_strict() else {}),
     }
 
 
@@ -310,6 +313,12 @@ class Config:
     """Let --data-dir pipe:COMMAND run its command."""
     split_seed: int = 0
     """Seed of the split where the dataset has none of its own."""
+    image_column: str | None = None
+    """Column of a table (--dataset csv) that has the images' names, where it is not found."""
+    caption_column: str | None = None
+    """Column of a table that has the captions."""
+    strict: bool = False
+    """Leave out images that lack their last bytes."""
     shard_size: int = 1000
     """Images in a shard."""
     seed: int = 0
@@ -343,7 +352,10 @@ def main(argv: list[str] | None = None) -> None:
     files.check_output(config.json, [".json"], [config.shards / "index.json"])
     files.check_replaceable(config.json, lists_shards, "a list of shards")
     files.check_writable(config.shards / "index.json")
-    splits = load_splits(config.dataset, config.data_dir, config.split_seed)
+    set_strict(config.strict)
+    columns = Columns(config.image_column, config.caption_column)
+    where = (config.dataset, config.data_dir, config.split_seed)
+    splits = load_splits(*where, columns=columns)
     if not splits:
         raise UserError(f"{config.dataset} has no split to write")
     index = write_shards(

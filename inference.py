@@ -35,6 +35,7 @@ from util.files import UserError
 from util.images import drop_traceback, read_ahead, read_image
 from util.jobs import Job, OutputConfig, Tally, plan_job, write_entries, write_files
 from util.results import Caption, Result
+from util.truncation import set_strict
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
 # Limits on the memory of a batch, whatever its size: beams of all its images, and input pixels.
@@ -291,6 +292,8 @@ class Config:
     recursive: bool = True
     """Take the images in subfolders too."""
     outputs: OutputConfig = field(default_factory=OutputConfig)
+    strict: bool = False
+    """Refuse images that lack their last bytes, in place of reading them as far as they go."""
     batch_size: int = 16
     """Images per batch."""
     workers: int = field(default_factory=threads.default_workers)
@@ -312,6 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.join(MAX_WAIT):
         config = distributed.on_main(lambda: program.parse(flags, argv, **about))
         threads.set_up_process(config.threads)
+        set_strict(config.strict)
         job = distributed.on_main(lambda: plan(config))
         outputs = config.outputs
         checkpoints = list_checkpoints(config.checkpoint, config.ensemble)

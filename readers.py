@@ -15,6 +15,7 @@ import inspect
 import itertools
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,6 +26,8 @@ import pandas as pd
 import shards
 from caption_files import (
     COLUMNS,
+    NOT_NAMED,
+    Columns,
     is_coco,
     read_coco_annotations,
     read_karpathy,
@@ -34,8 +37,8 @@ from caption_files import (
 from shards import SPLITS
 from util import files, shapes, tables, tars
 from util.files import UserError
-from util.folders import find_file, find_images, scan_folders
-from util.images import EXTENSIONS, HIDDEN, UNREADABLE, read_image, report_left_out
+from util.folders import check_folder, find_file, find_images, scan_folders
+from util.images import UNREADABLE, count_others, read_image, report_left_out, walk_images
 from util.progress import progress_bar
 from util.threads import count_cpus
 
@@ -131,10 +134,11 @@ def read_shapes(root: Path) -> pd.DataFrame:
     return read_karpathy(shapes.draw(root) / "captions.json", {})
 
 
-def read_csv(root: Path) -> pd.DataFrame:
+def read_csv(root: Path, columns: Columns = NOT_NAMED) -> pd.DataFrame:
     """Return the table of images of your own: `root` is a captions table or a folder with one.
 
-    In a folder, a table called captions or metadata is read, else the only one.
+    In a folder, a table called captions or metadata is read, else the only one. `columns`: those
+    that the user has named.
     """
     found = [root] if root.is_file() else []
     if root.is_dir():
@@ -155,10 +159,12 @@ def read_csv(root: Path) -> pd.DataFrame:
         names = ", ".join(path.name for path in found)
         raise UserError(f"several tables in {root}: {names}; name one with --data-dir")
     if is_coco(found[0]):
+        if flags := " and ".join(columns.flags):
+            raise UserError(f"{found[0]} has COCO's annotations, no columns; leave out {flags}")
         folder = root if root.is_dir() else root.parent
         log.warning("%s is read as COCO's annotations", found[0].name)
         return read_coco_annotations(found[0], scan_folders(folder)).assign(split="")
-    return read_table(found[0])
+    return read_table(found[0], columns)
 
 
 def read_sidecar(root: Path) -> pd.DataFrame:
@@ -166,14 +172,16 @@ def read_sidecar(root: Path) -> pd.DataFrame:
 
     Each line is a caption. Images without a text file have none.
     """
-    rows = []
-    for folder, names in scan_folders(root).items():
-        images = (name for name in names if Path(name).suffix.lower() in EXTENSIONS)
-        for name in sorted(image for image in images if not image.startswith(HIDDEN)):
-            file, text = (folder / name).relative_to(root).as_posix(), f"{Path(name).stem}.txt"
-            lines = files.read_text(folder / text).splitlines() if text in names else []
-            captions = [line for line in lines if line.strip()] or [""]
-            rows += [(file, file, caption, "") for caption in captions]
+    check_folder(root)
+    rows, others = [], Counter()
+    for image in map(Path, walk_images(root, others=others)):
+        file, text = image.relative_to(root).as_posix(), image.with_suffix(".txt")
+        lines = files.read_text(text).splitlines() if text.is_file() else []
+        captions = [line for line in lines if line.strip()] or [""]
+        rows += [(file, file, caption, "") for caption in captions]
+    del others[".txt"]
+    if others:
+        log.warning("left out: %s", count_others(others))
     if not any(caption for _, _, caption, _ in rows):
         raise FileNotFoundError(
             f"no captions in {root} or its folders: searched for text files beside images, such as "
@@ -210,14 +218,15 @@ def load_split(
     split: str,
     split_seed: int = 0,
     cache_dir: Path = CACHE,
+    columns: Columns = NOT_NAMED,
 ) -> list[Record]:
     """Return the records of a split of a dataset; SplitMissingError if it has no such split.
 
     `data_dir` is data/DATASET if None. Shards may be at an address; they are unpacked into
-    `cache_dir`.
+    `cache_dir`. `columns`: see `read_csv`.
     """
     where = (dataset, data_dir, split_seed, cache_dir)
-    return load_splits(*where, splits=(split,), required=(split,))[split]
+    return load_splits(*where, splits=(split,), required=(split,), columns=columns)[split]
 
 
 def load_splits(
@@ -227,21 +236,25 @@ def load_splits(
     cache_dir: Path = CACHE,
     splits: Sequence[str] = SPLITS,
     required: Sequence[str] = (),
+    columns: Columns = NOT_NAMED,
 ) -> dict[str, list[Record]]:
     """Return the records of each of `splits` that the dataset has; its files are read once.
 
-    Those that are absent are logged; SplitMissingError if one of them is `required`.
+    Those that are absent are logged; SplitMissingError if one of them is `required`. `columns`:
+    see `read_csv`.
     """
     if dataset not in DATASETS:
         raise UserError(f"dataset {dataset!r} is not known; choose from {', '.join(DATASETS)}")
     if unknown := set(splits) - set(SPLITS):
         raise UserError(f"split {min(unknown)!r} is not known; choose from {', '.join(SPLITS)}")
+    check_columns(columns, [dataset])
     root = data_folder(dataset, data_dir)
     images = {}
     if dataset != "shards":
         read = DATASETS[dataset]
-        if "splits" in inspect.signature(read).parameters:  # it need not read all of its files
-            read = functools.partial(read, splits=splits)
+        settings = {"splits": splits, "columns": columns}  # it need not read all of its files
+        known = inspect.signature(read).parameters
+        read = functools.partial(read, **{key: settings[key] for key in settings if key in known})
         images = group_captions(read, root, split_seed)
     records: dict[str, list[Record]] = {}
     for split in splits:
@@ -255,6 +268,16 @@ def load_splits(
                 raise
             log.warning("left out: %s", error)
     return records
+
+
+def check_columns(columns: Columns, datasets: Sequence[str]) -> None:
+    """Raise UserError if columns are named and none of the `datasets` is a table."""
+    if columns.flags and "csv" not in datasets:
+        flags = " and ".join(f"{flag} {name}" for flag, name in columns.flags.items())
+        raise UserError(
+            f"{flags} is for tables of your own (--dataset csv), not for --dataset "
+            f"{' and '.join(datasets)}"
+        )
 
 
 def data_folder(dataset: str, data_dir: str | Path | None) -> Path | str:

@@ -211,8 +211,9 @@ def write_tars(
 def read_checked(path: Path) -> bytes | None:
     """Return an image file's bytes, None where it is no image that can be read."""
     try:
-        content = path.read_bytes()
-        read_image(content)
-        return content
+        stream = io.BytesIO(path.read_bytes())
+        stream.name = str(path)  # for messages
+        read_image(stream)
+        return stream.getvalue()
     except (UserError, FileNotFoundError, PermissionError):
         return None

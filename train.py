@@ -52,6 +52,7 @@ from util.checkpoints import load_state, run_folder, save_state, write_metrics
 from util.files import UserError
 from util.layers import to_device
 from util.signals import Interrupts, StoppedError
+from util.truncation import set_strict
 
 # Three beams rank epochs as five do. Greedy decoding does not: self-critical training improves it
 # long after beam search has become worse.
@@ -347,6 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     with distributed.join():
         config = distributed.on_main(lambda: configure(argv))
         threads.set_up_process(config.train.threads)
+        set_strict(config.data.strict)
         train(config)
 
 

@@ -412,3 +412,83 @@ def test_the_documentation_lists_the_formats_that_are_read():
 def test_importing_needs_neither_torch_nor_numpy():
     code = "import sys, util.images; assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(images.__file__).parents[1], check=True)
+
+
+# --- large ones
+
+
+@pytest.mark.parametrize("at_least", [None, 8, 24, 400])
+@pytest.mark.parametrize("how", [{}, {"progressive": True}])
+def test_a_jpeg_of_too_many_pixels_is_decoded_at_a_lower_size(at_least, how, photo, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 400 * 300 - 1)
+    monkeypatch.setattr(images, "MAX_JPEG", 400 * 300)
+    data = bytes_of(photo.resize((400, 300)), "JPEG", quality=95, **how)
+    image = read_image(data, at_least)
+    factor = {None: 2, 8: 8, 24: 4, 400: 2}[at_least]
+    assert image.size == (400 // factor, -(-300 // factor))
+    expected = np.asarray(photo.resize(image.size)).astype(int)
+    assert np.abs(np.asarray(image) - expected).mean() < 5
+
+
+def test_more_pixels_than_are_read_are_one_line_with_both_limits(photo, monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 64 * 48 - 1)
+    said = "64 x 48 pixels; at most 3,071 are read, of a JPEG 300,000,000; save it smaller"
+    with pytest.raises(ValueError, match=said):
+        read_image(bytes_of(photo, "WEBP"))
+    monkeypatch.setattr(images, "MAX_JPEG", 64 * 48 - 1)
+    with pytest.raises(ValueError, match="64 x 48 pixels; at most 3,071 are read, of a JPEG 3,071"):
+        read_image(bytes_of(photo, "JPEG"))
+
+
+LARGE = """
+import logging, resource, sys, warnings
+from util import images
+warnings.simplefilter("error")
+for at_least in (224, None):
+    print(images.read_image(sys.argv[1], at_least).size)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is measured in other units elsewhere")
+@pytest.mark.parametrize(("progressive", "most"), [(False, 700), (True, 1800)])
+def test_300_megapixels_are_read_in_bounded_memory(progressive, most, tmp_path):
+    code = f"""
+import sys
+from PIL import Image
+Image.new("RGB", (20000, 15000), (200, 90, 30)).save(sys.argv[1], progressive={progressive})
+"""
+    path = str(tmp_path / "large.jpg")
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+    root = Path(images.__file__).parents[1]
+    command = [sys.executable, "-c", LARGE, path]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    reduced, full, memory = done.stdout.splitlines()
+    assert (reduced, full) == ("(2500, 1875)", "(10000, 7500)"), done.stderr
+    assert float(memory) < most
+
+
+# --- what is no image
+
+
+def test_files_left_out_are_counted_by_their_ending(tmp_path):
+    from collections import Counter
+
+    names = ["a.jpg", "a.txt", "a.xmp", "b.txt", "c.mov", "sub/d.MOV", "sub/e", ".f.cr2", "g.cr2"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    others = Counter()
+    assert list(images.walk_images(tmp_path, others=others)) == [str(tmp_path / "a.jpg")]
+    assert others == {".mov": 2, ".txt": 1, ".cr2": 1, "": 1}
+    line = images.count_others(others)
+    assert line.startswith("5 files that are no images: 2 .mov, 1 ") and "1 without an end" in line
+    assert "2 other endings" in images.count_others(Counter({f".{n}": 1 for n in range(11)}))
+
+
+@pytest.mark.parametrize("ending", [".j2k", ".jpx", ".jpf", ".j2c", ".jpc", ".avifs", ".pfm"])
+def test_every_ending_of_a_format_that_is_read_is_listed(ending, tmp_path):
+    (tmp_path / f"a{ending}").touch()
+    (tmp_path / f"B{ending.upper()}").touch()
+    assert len(list_images(tmp_path)) == 2

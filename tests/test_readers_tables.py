@@ -187,7 +187,7 @@ def test_captions_in_any_script_train_and_print(tmp_path, capsys):
         ("captions.csv", "image,caption\na.jpg,a\nb.jpg,b\n", "2 of 2 images have no split"),
         ("captions.jsonl", "[" * 100000 + "\n", "line 1 is not JSON"),
         ("captions.jsonl", '{"image": "a.jpg"}\n', "must have the columns"),
-        ("captions.jsonl", '{"image": "a.jpg", "caption": ["a"]}\n', "line 1 has no text"),
+        ("captions.jsonl", '{"image": "a.jpg", "caption": [3]}\n', "line 1 has no text"),
         ("captions.jsonl", '\n{"image": 3, "caption": "a"}\n', "line 2 has no text"),
         ("captions.jsonl", '["a.jpg", "a"]\n', r"line 1 is not \{"),
         ("captions.jsonl", "a.jpg,a dog\n", r"line 1 is not JSON"),
@@ -365,3 +365,28 @@ def test_text_files_beside_images_have_a_caption_per_line(folder):
 def test_images_without_any_text_beside_them_are_one_line(folder):
     with pytest.raises(FileNotFoundError, match=r"text files beside images, such as dog\.txt"):
         load_split("sidecar", folder, "train")
+
+
+def test_linked_folders_of_images_beside_texts_are_followed_once(tmp_path, caplog):
+    root, outside = tmp_path / "photos", tmp_path / "outside"
+    for place, name in ((root / "a/b/c/d", "one"), (outside, "two"), (root, "three")):
+        save_image(place / f"{name}.jpg")
+        (place / f"{name}.txt").write_text(f"a {name}\n")
+    (root / "movie.mov").touch()
+    (root / "table.csv").touch()
+    try:
+        (root / "again").symlink_to(root / "a", target_is_directory=True)
+        (root / "a/loop").symlink_to(root, target_is_directory=True)
+        for name in ("linked", "linked-too"):
+            (root / name).symlink_to(outside, target_is_directory=True)
+    except OSError:
+        pytest.skip("links are not allowed here")
+    records = [each for split in ("train", "val", "test") for each in load_split(
+        "sidecar", root, split
+    )]  # fmt: skip
+    assert {record.image_id: record.captions for record in records} == {
+        "a/b/c/d/one.jpg": ("a one",), "linked/two.jpg": ("a two",), "three.jpg": ("a three",)
+    }  # fmt: skip
+    assert "2 files that are no images: 1 .csv, 1 .mov" in caplog.text or (
+        "2 files that are no images: 1 .mov, 1 .csv" in caplog.text
+    )

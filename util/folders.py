@@ -16,11 +16,7 @@ def scan_folders(root: Path) -> dict[Path, set[str]]:
 
     Hidden folders and those of Macs are left out, and those that can't be read, which are logged.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"no dataset at {root}: there is no such folder; run python download_data.py flickr8k "
-            "(or coco, flickr30k), or give --data-dir, the folder that holds the dataset's files"
-        )
+    check_folder(root)
     found: dict[Path, set[str]] = {}
     level = [root]
     for _ in range(3):
@@ -42,6 +38,15 @@ def scan_folders(root: Path) -> dict[Path, set[str]]:
                 log_unread(error)
         level = sorted(below)
     return found
+
+
+def check_folder(root: Path) -> None:
+    """Raise FileNotFoundError if the dataset's folder is not there."""
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"no dataset at {root}: there is no such folder; run python download_data.py flickr8k "
+            "(or coco, flickr30k), or give --data-dir, the folder that holds the dataset's files"
+        )
 
 
 def find_file(folders: Folders, *names: str) -> Path | None:
@@ -100,7 +105,7 @@ def find_images(root: Path, names: Sequence[str]) -> dict[str, Path]:
     for folder in folders:
         for parent, wanted in nested.items():
             place = folder / parent
-            if os.path.isdir(place):  # False where one may not look
+            if wanted and os.path.isdir(place):  # False where one may not look
                 listed = folders.get(place, set())  # a set is faster than to ask the system
                 here = {
                     name

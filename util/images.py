@@ -6,29 +6,34 @@ import io
 import logging
 import os
 import struct
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 
 from util.files import UserError
 from util.image_parts import drop_metadata, make_exif
+from util.pixels import brighten, from_array, to_rgb
+from util.truncation import allowance, check_enough, complete, is_strict, warn_of_missing_end
 
 log = logging.getLogger(__name__)
 
 EXTENSIONS = frozenset({
-    ".apng", ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
-    ".heic", ".heif", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+    ".apng", ".avif", ".avifs", ".bmp", ".gif", ".heic", ".heif", ".j2c", ".j2k", ".jfif", ".jp2",
+    ".jpc", ".jpe", ".jpeg", ".jpf", ".jpg", ".jpx", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm",
+    ".tif", ".tiff", ".webp",
 })  # fmt: skip
+BESIDE = (".txt", ".xmp")  # endings of the files that hold the caption of an image beside them
 HIDDEN = (".", "__MACOSX")  # what the names of hidden entries begin with
 # Pillow's names of the formats that people have photos in, the only ones that are opened: readers
 # of rare formats are where its faults are found. HEIC is one more, with its plug-in.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 MAX_PIXELS = 89_478_485  # above it Pillow warns of a decompression bomb
+MAX_JPEG = 300_000_000  # pixels of a JPEG; those above the other limit are decoded at a lower size
 # The brands of HEIC files; AVIF, of the same family, is read by Pillow itself.
 HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 
@@ -65,12 +70,6 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-CHUNK = 2**20  # numbers converted at a time
-ARRAYS = (
-    "expected shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) "
-    "and uint8, uint16, bool, or floats in 0..1"
-)
-
 
 def read_image(source: Any, at_least: int | None = None) -> Image.Image:
     """Return the image, decoded, upright and in mode RGB.
@@ -79,11 +78,14 @@ def read_image(source: Any, at_least: int | None = None) -> Image.Image:
     to change) or a numpy array: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool,
     or floats in 0..1. Transparency is composited on white, 16-bit grey is rescaled, and the first
     of several frames or pages is read. `at_least` allows a faster, approximate decoding of large
-    JPEGs: each side keeps at least twice that many pixels.
+    JPEGs: each side keeps at least twice that many pixels. A JPEG of more than `MAX_PIXELS` is
+    always decoded at a reduced size.
 
-    Files and bytes are of one of `FORMATS`, or HEIC, which needs the plug-in pillow-heif. A missing
-    file is a FileNotFoundError; anything else that can't be read, has more than `MAX_PIXELS`
-    pixels, or parts that would take far longer than these, is a UserError with name and reason.
+    Files and bytes are of one of `FORMATS`, or HEIC, which needs the plug-in pillow-heif. One that
+    lacks its last bytes is read as far as it goes, with a warning, unless `is_strict`. A missing
+    file is a FileNotFoundError; anything else that can't be read, has more than `MAX_PIXELS` pixels
+    (a JPEG: `MAX_JPEG`), or parts that would take far longer than these, is a UserError with name
+    and reason.
     """
     if isinstance(source, (str, os.PathLike)):
         name = os.fsdecode(source)
@@ -151,11 +153,15 @@ def list_images(folder: str | Path, recursive: bool = True) -> list[Path]:
 
 
 def walk_images(
-    folder: str | Path, recursive: bool = True, on_error: Callable[[OSError], None] | None = None
+    folder: str | Path,
+    recursive: bool = True,
+    on_error: Callable[[OSError], None] | None = None,
+    others: Counter[str] | None = None,
 ) -> Iterator[str]:
     """Yield the paths of `list_images` as text: a million of them take 0.1 GB.
 
     `on_error` is called with the error of each folder that can't be read, `folder` included.
+    `others` counts the files that are no images by their ending (`list_others`).
     """
     root = str(Path(folder))
     visited: set[str] = set()  # real paths of the folders that only links lead to
@@ -169,6 +175,7 @@ def walk_images(
             continue
         try:
             with os.scandir(path) as entries:
+                entries = list(entries)
                 found = sorted(
                     filter(may_hold_images, entries),
                     key=lambda entry: os.path.normcase(entry.name),  # as the system compares names
@@ -180,12 +187,37 @@ def walk_images(
                 raise
             (on_error or log_unread)(error)
             continue
+        if others is not None:
+            others.update(list_others(entries, {os.path.splitext(each.name)[0] for each in found}))
         base = "" if path == os.curdir else os.path.join(path, "")
         for entry in found:
             is_folder = leads_to_folder(entry)
             if recursive or not is_folder:
                 linked_too = is_folder and (is_linked or entry.is_symlink())
                 waiting.append((base + entry.name, is_folder, linked_too))
+
+
+def list_others(entries: Sequence[os.DirEntry], images: Set[str]) -> Iterator[str]:
+    """Yield the endings of files that are neither hidden nor images, nor beside one of `images`.
+
+    `images`: their names without endings.
+    """
+    for entry in entries:
+        stem, suffix = os.path.splitext(entry.name)
+        suffix = suffix.lower()
+        is_known = suffix in EXTENSIONS or (suffix in BESIDE and stem in images)
+        # Not entry.is_file(), which fails for a link to itself.
+        if not is_known and not entry.name.startswith(".") and os.path.isfile(entry.path):
+            yield suffix
+
+
+def count_others(others: Counter[str]) -> str:
+    """Return "3 files that are no images: 2 .mov, 1 without an ending", for messages."""
+    counts = [
+        f"{count:,} {suffix or 'without an ending'}" for suffix, count in others.most_common()
+    ]
+    shown = counts if len(counts) <= 10 else [*counts[:9], f"{len(counts) - 9} other endings"]
+    return f"{others.total():,} files that are no images: {', '.join(shown)}"
 
 
 def log_unread(error: OSError) -> None:
@@ -234,24 +266,42 @@ def is_new(path: str, root: str, visited: set[str]) -> bool:
 def read_stream(stream: Any, name: str, at_least: int | None) -> Image.Image:
     """Return the image in a seekable binary file object."""
     try:
-        with open_image(drop_metadata(stream)) as image:
-            check_header(image)
-            if exif := image.info.get("exif"):  # Pillow would read all of it
-                image.info["exif"] = make_exif(exif)
-            if at_least is not None:
-                reduce_jpeg(image, at_least)
-            return make_upright(image)
+        stream = drop_metadata(stream)
+        try:
+            return decode(stream, at_least)
+        except OSError as error:
+            if is_strict() or (completed := complete(stream, error)) is None:
+                raise
+        with allowance.on():
+            image = decode(completed, at_least)
+        check_enough(image)
+        warn_of_missing_end(name)
+        return image
     except PILLOW_ERRORS as error:
         raise unreadable(name, error, stream) from error
 
 
-def reduce_jpeg(image: Image.Image, at_least: int) -> bool:
+def decode(stream: Any, at_least: int | None) -> Image.Image:
+    """Return the image in a file without metadata, in RGB and upright."""
+    with open_image(stream) as image:
+        check_header(image)
+        if exif := image.info.get("exif"):  # Pillow would read all of it
+            image.info["exif"] = make_exif(exif)
+        reduce_jpeg(image, at_least)
+        return make_upright(image)
+
+
+def reduce_jpeg(image: Image.Image, at_least: int | None) -> bool:
     """Let a large JPEG, not decoded yet, be decoded at a reduced size; return whether it will be.
 
-    Each side keeps at least twice `at_least` pixels.
+    Each side keeps at least twice `at_least` pixels, or half of its own if it has too many.
     """
     size = image.size
-    image.draft("RGB", (2 * at_least, 2 * at_least))
+    wanted = size if at_least is None else (2 * at_least, 2 * at_least)
+    if size[0] * size[1] > MAX_PIXELS:
+        wanted = tuple(min(one, max(1, side // 2)) for one, side in zip(wanted, size, strict=True))
+    if wanted != size:
+        image.draft("RGB", wanted)
     return image.size != size
 
 
@@ -267,6 +317,14 @@ def is_reduced(path: str | Path, at_least: int) -> bool:
 
 def open_image(stream: Any) -> Image.Image:
     """Return the image in a file object, not decoded yet."""
+    stream.seek(0)
+    if stream.read(3) == b"\xff\xd8\xff":
+        stream.seek(0)
+        try:  # Image.open would refuse a large one, whose size can still be reduced
+            return JpegImagePlugin.JpegImageFile(stream)
+        except (SyntaxError, LookupError, TypeError, struct.error) as error:
+            raise UnidentifiedImageError from error
+    stream.seek(0)
     try:
         return Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
@@ -287,10 +345,15 @@ def open_image(stream: Any) -> Image.Image:
 def check_header(image: Image.Image) -> None:
     """Raise UserError for an image that is too large or too dangerous to decode."""
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{width} x {height} pixels; at most {MAX_PIXELS:,} are read")
+    if width * height > (MAX_JPEG if image.format == "JPEG" else MAX_PIXELS):
+        raise UserError(f"{width} x {height} pixels; {describe_limits()}")
     if image.format == "EPS":  # Pillow would run the program in it with Ghostscript
         raise UserError("PostScript is not read")
+
+
+def describe_limits() -> str:
+    """Return how many pixels an image may have, for messages."""
+    return f"at most {MAX_PIXELS:,} are read, of a JPEG {MAX_JPEG:,}; save it smaller"
 
 
 def unreadable(name: str, error: BaseException, stream: Any = None) -> Exception:
@@ -303,6 +366,8 @@ def unreadable(name: str, error: BaseException, stream: Any = None) -> Exception
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         reason = "the file is empty" if is_empty(stream) else "no image format that is known"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        reason = f"too many pixels; {describe_limits()}"
     if isinstance(error, MemoryError):
         reason = "it takes more memory than there is"
     return UserError(f"{name} is not an image that can be read ({reason})")
@@ -318,95 +383,20 @@ def is_empty(stream: Any) -> bool:
 
 def make_upright(image: Image.Image) -> Image.Image:
     """Return `image` decoded, in RGB, and turned as its EXIF block or XMP packet says."""
+    is_deep = ";16" in str([tile[3] for tile in getattr(image, "tile", ())])
     image.load()  # before EXIF: in a PNG it may follow the pixels
     check_header(image)  # an icon may be larger than its header says
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except PILLOW_ERRORS:  # a damaged EXIF block
         turn = None
+    if is_deep and not image.mode.startswith("I"):
+        image = brighten(image)
     image = to_rgb(image)
     if turn is not None:
         image = image.transpose(turn)
         image.info = {}  # else the next reader would turn it again
     return image
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return `image` in RGB, on white where it is transparent; itself if it is RGB already."""
-    if image.mode.startswith(("I", "F")):
-        image = from_deep_grey(image)
-    if not image.has_transparency_data:
-        return image if image.mode == "RGB" else image.convert("RGB")
-    if image.mode == "La":  # premultiplied grey, which Pillow converts only to LA
-        image = image.convert("LA")
-    image = image.convert("RGBA")
-    white = Image.new("RGB", image.size, "white")
-    white.paste(image, mask=image)
-    return white
-
-
-def from_deep_grey(image: Image.Image) -> Image.Image:
-    """Return a grey image of 16 or 32 bits or floats in 8 bits, which `convert` would saturate.
-
-    The modes I and F do not define white. It is taken as the smallest of 1 (F only), 255 and 65535
-    that no value exceeds; if there is none, the range of the values is used.
-    """
-    import numpy as np
-
-    values = np.array(image)
-    if image.mode.startswith("I;16"):
-        return from_array(values)
-    if image.mode == "F":
-        np.nan_to_num(values, copy=False, posinf=0, neginf=0)
-    low, high = min(float(values.min()), 0.0), float(values.max())
-    whites = (1, 255, 65535) if image.mode == "F" else (255, 65535)
-    white = next((white for white in whites if low == 0 and high <= white), high)
-    scale = max(white - low, 1e-12)
-    return Image.fromarray(
-        to_uint8(lambda part: from_unit((part.astype(np.float64) - low) / scale), values)
-    )
-
-
-def from_array(array: Any) -> Image.Image:
-    """Return a numpy array as an image of mode L, RGB or RGBA."""
-    import numpy as np
-
-    if not isinstance(array, np.ndarray):
-        raise UserError(f"a {type(array).__name__} is not an image; give a path or an array")
-    message = f"an array of shape {array.shape} and {array.dtype} is not an image"
-    channels = array.shape[2] if array.ndim == 3 else 1
-    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or 0 in array.shape:
-        raise UserError(f"{message}; {ARRAYS}")
-    array = array[..., 0] if array.ndim == 3 and channels == 1 else array
-    if array.dtype == bool:
-        array = array * np.uint8(255)
-    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:
-        array = to_uint8(lambda part: (part.astype(np.uint32) + 128) // 257, array)
-    elif array.dtype.kind == "f":
-        low, high = array.min(), array.max()
-        if not (low >= -1e-3 and high <= 1 + 1e-3):  # room for rounding; false for NaN too
-            raise UserError(f"{message}: its values reach from {low:.4g} to {high:.4g}; {ARRAYS}")
-        array = to_uint8(from_unit, array)
-    elif array.dtype != np.uint8:
-        raise UserError(f"{message}; {ARRAYS}")
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def from_unit(values: Any) -> Any:
-    """Return numbers in 0..1 as numbers in 0..255, to be truncated to integers."""
-    return values.clip(0, 1) * 255 + 0.5
-
-
-def to_uint8(convert: Callable[[Any], Any], array: Any) -> Any:
-    """Return `convert(array)` as uint8, computed in chunks, as wider types take more memory."""
-    import numpy as np
-
-    flat = np.ascontiguousarray(array).reshape(-1)
-    result = np.empty(flat.shape, np.uint8)
-    for start in range(0, len(flat), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        result[chunk] = convert(flat[chunk])  # assigning truncates as astype does
-    return result.reshape(array.shape)
 
 
 # ---- images that are left out ----------------------------------------------------------------

