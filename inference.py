@@ -186,8 +186,9 @@ class Captioner:
         memory, decoded = self._decode([self._preprocess(image)], n, config)
         maps = self.model.attention_maps(memory, decoded.tokens)
         explained = []
-        for row, caption in enumerate(to_captions(self.model.vocabulary, decoded)[0]):
-            words = caption.text.split()
+        vocabulary = self.model.vocabulary
+        for row, caption in enumerate(to_captions(vocabulary, decoded)[0]):
+            words = vocabulary.list_words(decoded.tokens[0, row])
             attention = None if maps is None else maps[0, row, : len(words)].cpu().numpy()
             explained.append(Explained(*caption, words, attention))
         return explained
@@ -429,7 +430,8 @@ def write_attention(captioner: Captioner, image: Path, path: Path) -> None:
             "this model reads the image as one vector, so there is no attention to show; use a "
             "single model with the transformer or attention-lstm decoder"
         )
-    plots.attention_page(path, read_image(image), explained.words, explained.attention)
+    words, attention = explained.words, explained.attention
+    plots.attention_page(path, read_image(image), words, attention, explained.text)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from decoding import sample
 from masks import mask_impossible_words
 from readers import Record
 from util.layers import to_device
-from util.tokenizer import tokenize
 from vocabulary import END, PAD, START, Vocabulary
 
 
@@ -199,11 +198,12 @@ class Reward:
     def __init__(self, records: Sequence[Record], vocabulary: Vocabulary, bleu_weight: float = 0.0):
         self.records, self.bleu_weight = records, bleu_weight
         self.rows = {record.image_id: row for row, record in enumerate(records)}
+        self.by_character = metrics.are_unspaced([record.captions for record in records])
         self.cider = metrics.CiderD([self.reference_words(row) for row in range(len(records))])
         # A sampled caption consists of vocabulary words: each is tokenised once, here. Special
         # tokens are no words, but for the end.
         specials = len(Vocabulary.SPECIALS)
-        self.scorer_words = [[]] * specials + [tokenize(w) for w in vocabulary.words[specials:]]
+        self.scorer_words = [[]] * specials + [self.split(word) for word in vocabulary.known]
         self.scorer_words[END] = [self.END_WORD]
 
     def __call__(self, image_ids: Sequence[str], samples: Tensor) -> Tensor:
@@ -222,7 +222,11 @@ class Reward:
 
     def reference_words(self, row: int) -> list[list[str]]:
         """Return the scorer's words of an image's captions, each with END_WORD."""
-        return [[*tokenize(caption), self.END_WORD] for caption in self.records[row].captions]
+        return [[*self.split(caption), self.END_WORD] for caption in self.records[row].captions]
+
+    def split(self, text: str) -> list[str]:
+        """Return the scorer's words of a caption or a word."""
+        return metrics.split_text(text, self.by_character)
 
     def to_words(self, tokens: Sequence[int]) -> list[str]:
         """Return the scorer's words of a sampled caption (T,), END_WORD last if it has an end."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from util.files import UserError
 from util.java_metrics import meteor, spice
+from util.scripts import is_character, is_unspaced, split_characters
 from util.tokenizer import tokenize
 
 Tokens = Sequence[Hashable]  # words, or a model's integer tokens
@@ -172,7 +173,11 @@ class CiderD:
     """
 
     def __init__(self, references: References) -> None:
-        references = [[_split(caption) for caption in captions] for captions in references]
+        self._by_character = are_unspaced(references)
+        references = [
+            [split_text(caption, self._by_character) for caption in captions]
+            for captions in references
+        ]
         captions = [caption for image in references for caption in image]
         self._per_image = np.array([len(image) for image in references])
         image_of = np.repeat(np.arange(len(references)), self._per_image)
@@ -203,7 +208,7 @@ class CiderD:
                 f"each of the {len(candidates)} candidates needs one image index from 0 to "
                 f"{len(self._per_image) - 1}; got {list(image_index)[:5]}…"
             )
-        candidates = [_split(candidate) for candidate in candidates]
+        candidates = [split_text(candidate, self._by_character) for candidate in candidates]
         lengths, total = _bigrams(candidates), np.zeros(len(candidates))
         for row, (caption, ngram, times) in enumerate(self._ids.count(candidates)):
             pair, owner, reference_times, weight = self._entries[row]
@@ -312,11 +317,14 @@ def faults(captions: Iterable[Caption]) -> dict[str, float]:
     "bad_endings": the last word wants another after it ("a man with a"); "repeats": one to four
     words come twice in a row ("a dog and and", "in a field in a field").
     """
-    tokens = [_split(caption) for caption in captions]
+    captions = list(captions)
+    by_character = are_unspaced([captions])
+    tokens = [split_text(caption, by_character) for caption in captions]
     bad_endings = sum(bool(words) and words[-1] in DANGLING for words in tokens)
     repeats = sum(
         any(
             words[start : start + n] == words[start + n : start + 2 * n]
+            and not (n == 1 and by_character and is_character(words[start]))  # 人人, 慢慢
             for n in ORDERS
             for start in range(len(words) - 2 * n + 1)
         )
@@ -329,8 +337,18 @@ def faults(captions: Iterable[Caption]) -> dict[str, float]:
 # ------------------------------------------------------------------------------ input and errors
 
 
-def _split(caption: Caption) -> Tokens:
-    return tokenize(caption) if isinstance(caption, str) else caption
+def are_unspaced(references: References) -> bool:
+    """Return whether captions are to be split by character (`util.scripts.is_unspaced`)."""
+    return is_unspaced(
+        each for captions in references for each in captions if isinstance(each, str)
+    )
+
+
+def split_text(caption: Caption, by_character: bool) -> Tokens:
+    """Return the scorer's words of a caption; tokens are returned as they are."""
+    if not isinstance(caption, str):
+        return caption
+    return tokenize(split_characters(caption) if by_character else caption)
 
 
 def _as_tokens(
@@ -352,8 +370,9 @@ def _as_tokens(
             f"{len(references)} images have references, but there are {len(candidates)} "
             "candidates: give one candidate per image, in the same order"
         )
-    split = [[_split(caption) for caption in captions] for captions in references]
-    return split, [_split(caption) for caption in candidates]
+    by_character = are_unspaced(references)
+    split = [[split_text(caption, by_character) for caption in captions] for captions in references]
+    return split, [split_text(caption, by_character) for caption in candidates]
 
 
 def _in_one_order(

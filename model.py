@@ -141,6 +141,7 @@ class CaptionModel(nn.Module):
                 **asdict(self.config),
             },
             "vocabulary": self.vocabulary.known,
+            **self.vocabulary.to_entries(),
         }
         state = self.state_dict()
         if int8:
@@ -188,7 +189,8 @@ class CaptionModel(nn.Module):
         EncoderConfig(name, img_size=img_size, grid=grid).validate()
         config = DecoderConfig(**sizes)
         config.validate()
-        model = cls(Encoder(name, trained, grid), config, Vocabulary.from_file(words), img_size)
+        vocabulary = Vocabulary.from_file(words, metadata)
+        model = cls(Encoder(name, trained, grid), config, vocabulary, img_size)
         model.no_repeat_ngram = read_no_repeat_ngram(metadata)
         return model
 

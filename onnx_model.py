@@ -168,7 +168,7 @@ def check_metadata(metadata: dict[str, Any]) -> Vocabulary:
     for name, value in describe(size).items():
         if metadata.get(name) != value:
             raise UserError(f"its {name} is not {value}")
-    return Vocabulary.from_file(words[specials:])
+    return Vocabulary.from_file(words[specials:], metadata)
 
 
 def check_signatures(image: Graph, step: Graph, metadata: dict[str, Any]) -> None:
@@ -268,6 +268,7 @@ def write_onnx(model: CaptionModel, output: Path, training_info: dict[str, Any])
     )
     preparation = {
         "vocabulary": model.vocabulary.words,
+        **model.vocabulary.to_entries(),
         "max_words": model.config.seq_len,
         **describe(model.img_size),
         "shared": len(start.image),

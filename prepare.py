@@ -24,6 +24,7 @@ from trainer import Trainer
 from util import distributed, program
 from util.distributed import pick_device
 from util.files import UserError
+from util.scripts import is_unspaced
 from vocabulary import Vocabulary, list_words
 
 log = logging.getLogger(__name__)
@@ -91,8 +92,15 @@ def choose_vocabulary(
     # Of the training captions only: a model must not know words from val or test.
     captions = (caption for record in records for caption in record.captions)
     if not init_model:
-        return Vocabulary.build(captions, config.data.min_count), []
+        vocabulary = Vocabulary.build(captions, config.data.min_count)
+        if vocabulary.by_character:
+            print_characters(records, vocabulary, config.decoder.seq_len)
+        return vocabulary, []
     known, least = init_model.vocabulary, config.data.min_count
+    captions = list(captions)
+    if not known.by_character and is_unspaced(captions):
+        known = Vocabulary(known.known, by_character=True)  # its words of other scripts stay
+        print_characters(records, known, config.decoder.seq_len)
     counts = known.count_unknown(captions)
     new = {word: count for word, count in counts.items() if count >= least}
     rare = {word: count for word, count in counts.items() if count < least}
@@ -105,7 +113,21 @@ def choose_vocabulary(
             "--min-count %d times: %s", least, list_words(rare),
         )  # fmt: skip
     total = sum(counts.values())
-    return Vocabulary([*known.known, *new]), [count / total for count in new.values()]
+    vocabulary = Vocabulary([*known.known, *new], known.by_character)
+    return vocabulary, [count / total for count in new.values()]
+
+
+def print_characters(records: Sequence[Record], vocabulary: Vocabulary, seq_len: int) -> None:
+    """Print that captions are split by character, and how many --seq-len truncates."""
+    captions = [caption for record in records for caption in record.captions]
+    example = next(each for each in captions if is_unspaced([each]))
+    lengths = [len(vocabulary.split(each)) for each in captions]
+    cut = sum(length > seq_len for length in lengths)
+    advice = f"; --seq-len {seq_len} truncates {cut:,} of {len(captions):,}" if cut else ""
+    print(
+        "captions in a script without spaces are split by character, such as "
+        f"{program.printable(example[:40])}{advice}"
+    )
 
 
 def read_vocabulary(
@@ -117,12 +139,13 @@ def read_vocabulary(
     Only where they are stored nowhere they do; UserError where those are more or fewer.
     """
     if "vocabulary" in state:
-        return Vocabulary(state["vocabulary"])
+        return Vocabulary.from_file(state["vocabulary"], state)
     best = folder / "best.safetensors"  # of an older version, whose state lacks them
     if best.is_file():
-        return Vocabulary(read_metadata(best)["vocabulary"])
+        metadata = read_metadata(best)
+        return Vocabulary.from_file(metadata["vocabulary"], metadata)
     captions = (caption for record in records for caption in record.captions)
-    vocabulary = Vocabulary.build(captions, config.data.min_count)
+    vocabulary = Vocabulary.build(captions, config.data.min_count, by_character=False)
     rows = state["weights"].get("decoder.embedding.weight")
     if rows is not None and len(rows) != len(vocabulary):
         raise UserError(

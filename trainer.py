@@ -330,6 +330,7 @@ class Trainer:
             "encoder": self.frozen_fingerprint(),
             "batch_size": self.config.batch_size,
             "vocabulary": list(self.model.vocabulary.known),
+            **self.model.vocabulary.to_entries(),
             "data": self.data,
             **{name: getattr(self, name) for name in self.COUNTERS},
             **self.total_sums(),

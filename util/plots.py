@@ -171,16 +171,18 @@ def caption_page(
     write_page(path, cells, [draw_text(title, PAGE_WIDTH, 32, INK)])
 
 
-def attention_page(path: str | Path, image: Image.Image, words: list[str], attention: Any) -> None:
+def attention_page(
+    path: str | Path, image: Image.Image, words: list[str], attention: Any, text: str = ""
+) -> None:
     """Write a PNG page of an image and its caption, and once per word with its attention map.
 
     `attention` (words, rows, columns) may have any scale: a map's largest value is bright, its
-    smallest is dark.
+    smallest is dark. `text`: the caption, where it is not the words with spaces between them.
     """
     height = round(COLUMN_WIDTH * image.height / image.width)
     size = (COLUMN_WIDTH, min(2 * COLUMN_WIDTH, max(1, height)))
     image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    pairs = [(image, " ".join(words))]
+    pairs = [(image, text or " ".join(words))]
     for word, weights in zip(words, attention, strict=True):
         pairs.append((highlight(image, weights), word))
     cells = [stack([shown, draw_text(text, COLUMN_WIDTH, 20, INK)]) for shown, text in pairs]

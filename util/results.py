@@ -24,6 +24,7 @@ from urllib.parse import quote
 from util import files, program
 from util.files import UserError
 from util.images import EXTENSIONS
+from util.scripts import list_words
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,11 @@ class Caption(NamedTuple):
 
     @property
     def score(self) -> float:
-        """Return the mean log-probability per word, where the end token counts as a word."""
-        return self.log_prob / (len(self.text.split()) + 1)
+        """Return the mean log-probability per word, where the end token counts as a word.
+
+        Characters of a script without spaces are words.
+        """
+        return self.log_prob / (len(list_words(self.text)) + 1)
 
 
 class Result(NamedTuple):
@@ -151,7 +155,7 @@ def parse_line(format: str, line: str, n: int) -> Result:
         for text, score in zip(pairs[::2], pairs[1::2], strict=True):
             if text or score:
                 mean = float(score or math.nan)  # a caption written by hand may have none
-                captions.append(Caption(text, mean * (len(text.split()) + 1)))
+                captions.append(Caption(text, mean * (len(list_words(text)) + 1)))
         return Result(image, captions, error)
     figure = re.fullmatch(r'<figure data-image="([^"]*)">(.*)</figure>\s*', line)
     image, content = html.unescape(figure[1]), figure[2]

@@ -113,6 +113,6 @@ ENTRIES: dict[str, tuple[Callable[[Any], bool], bool]] = {
     "rewarded baselines samples": (_is_finite, False),
     "vocabulary": (_are_words, False),
     "data": (_are_digests, False),
-    "critical": (lambda value: isinstance(value, bool), False),
+    "by_character critical": (lambda value: isinstance(value, bool), False),
     "encoder": (lambda value: value is None or isinstance(value, str), True),
 }
