@@ -428,6 +428,12 @@ def test_a_jpeg_of_too_many_pixels_is_decoded_at_a_lower_size(at_least, how, pho
     assert image.size == (400 // factor, -(-300 // factor))
     expected = np.asarray(photo.resize(image.size)).astype(int)
     assert np.abs(np.asarray(image) - expected).mean() < 5
+    opened = Image.open(io.BytesIO(data))
+    assert read_image(opened).size == (200, 150)
+    opened = Image.open(io.BytesIO(data))
+    opened.load()
+    with pytest.raises(ValueError, match="400 x 300 pixels; at most 119,999 are read"):
+        read_image(opened)
 
 
 def test_more_pixels_than_are_read_are_one_line_with_both_limits(photo, monkeypatch):

@@ -390,3 +390,15 @@ def test_linked_folders_of_images_beside_texts_are_followed_once(tmp_path, caplo
     assert "2 files that are no images: 1 .csv, 1 .mov" in caplog.text or (
         "2 files that are no images: 1 .mov, 1 .csv" in caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [("a dog", "a cat"), (["a dog"], ["a cat"]), ({"caption": "a dog"}, {"caption": "a cat"})],
+)
+def test_a_json_object_may_have_a_key_per_image(cells, folder):
+    value = dict(zip(("a.jpg", "c d.jpg"), cells, strict=True))
+    (folder / "captions.json").write_text(json.dumps(value))
+    table = read_table(folder / "captions.json")
+    assert table["file"].tolist() == ["a.jpg", "c d.jpg"]
+    assert table["caption"].tolist() == ["a dog", "a cat"]

@@ -90,7 +90,11 @@ def test_pillows_switch_is_on_for_the_reading_thread_alone(photo):
         Image.open(io.BytesIO(bytes_of(photo, "JPEG")[:-50])).load()
 
 
-def test_only_the_first_images_are_named(caplog):
+def test_only_the_first_images_are_named_without_what_a_terminal_obeys(caplog):
+    truncation.warn_of_missing_end("a\x1b[2Jb.jpg")
+    assert caplog.messages == [rf"a\x1b[2Jb.jpg {LINE}"]
+    truncation.set_strict(False)
+    caplog.clear()
     for number in range(30):
         truncation.warn_of_missing_end(f"{number}.jpg")
     assert len(caplog.messages) == 10

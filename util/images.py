@@ -98,6 +98,7 @@ def read_image(source: Any, at_least: int | None = None) -> Image.Image:
     if isinstance(source, Image.Image):
         try:  # one that was opened but not decoded may still fail
             check_header(source)
+            reduce_jpeg(source, None)
             return make_upright(source)
         except PILLOW_ERRORS as error:
             raise unreadable(getattr(source, "filename", "") or "the image given", error) from error
@@ -342,10 +343,13 @@ def open_image(stream: Any) -> Image.Image:
     return Image.open(stream, formats=("HEIF",))
 
 
-def check_header(image: Image.Image) -> None:
-    """Raise UserError for an image that is too large or too dangerous to decode."""
+def check_header(image: Image.Image, most: int | None = None) -> None:
+    """Raise UserError for an image that is too large or too dangerous to decode.
+
+    `most`: pixels (default: what its format allows).
+    """
     width, height = image.size
-    if width * height > (MAX_JPEG if image.format == "JPEG" else MAX_PIXELS):
+    if width * height > (most or (MAX_JPEG if image.format == "JPEG" else MAX_PIXELS)):
         raise UserError(f"{width} x {height} pixels; {describe_limits()}")
     if image.format == "EPS":  # Pillow would run the program in it with Ghostscript
         raise UserError("PostScript is not read")
@@ -385,7 +389,7 @@ def make_upright(image: Image.Image) -> Image.Image:
     """Return `image` decoded, in RGB, and turned as its EXIF block or XMP packet says."""
     is_deep = ";16" in str([tile[3] for tile in getattr(image, "tile", ())])
     image.load()  # before EXIF: in a PNG it may follow the pixels
-    check_header(image)  # an icon may be larger than its header says
+    check_header(image, MAX_PIXELS)  # larger than its header says, or than it was to be decoded
     try:
         turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except PILLOW_ERRORS:  # a damaged EXIF block

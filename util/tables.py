@@ -45,7 +45,7 @@ def read_table(
     kind = path.suffix.lower()
     try:
         if kind in (".json", ".jsonl"):
-            table = read_objects(path)
+            table = read_objects(path, columns)
         elif kind == ".parquet":
             table = pd.read_parquet(path)
             table.index = range(1, len(table) + 1)
@@ -108,6 +108,12 @@ def read_table(
 def is_absent(cell: object) -> bool:
     """Return whether a cell is None or NaN."""
     return cell is None or cell != cell
+
+
+def is_text(cell: Any) -> bool:
+    """Return whether a cell is a text, or a list of some."""
+    texts = cell if isinstance(cell, list) else [cell]
+    return bool(texts) and all(isinstance(text, str) for text in texts)
 
 
 def to_list(cell: Any) -> list[Any]:
@@ -209,11 +215,21 @@ def mend_flickr30k(cells: list[str]) -> list[str]:
     return cells
 
 
-def read_objects(path: Path) -> pd.DataFrame:
-    """Return the table of a JSON list of objects, or of a file with an object per line."""
+def read_objects(path: Path, columns: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """Return the table of a JSON list of objects, or of a file with an object per line.
+
+    A JSON object that is no row itself has a row per key, that of the first of the `columns`; its
+    value is the second, or an object with the others.
+    """
     rows = {}
     if path.suffix.lower() == ".json":
         value = files.read_json(path)
+        known = {name for names in columns.values() for name in names}
+        if isinstance(value, dict) and not known & set(map(str.lower, value)):
+            first, second, *_ = [*columns, "", ""]
+            cells = [each if isinstance(each, dict) else {second: each} for each in value.values()]
+            if value and all(isinstance(each, dict) or is_text(each) for each in value.values()):
+                value = [{first: key, **row} for key, row in zip(value, cells, strict=True)]
         rows = dict(enumerate(value if isinstance(value, list) else [value], 1))
     else:
         for number, line in enumerate(files.read_text(path).split("\n"), 1):

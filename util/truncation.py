@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageFile
 
+from util import program
 from util.files import UserError
 
 log = logging.getLogger(__name__)
@@ -86,4 +87,4 @@ def warn_of_missing_end(name: str) -> None:
     if len(_warned) <= MAX_WARNINGS:
         more = "" if len(_warned) < MAX_WARNINGS else "; further ones are not named"
         message = "%s lacks its last bytes: it is read as far as it goes (--strict refuses it)%s"
-        log.warning(message, name, more)
+        log.warning(message, program.printable(name), more)  # the name may be a stranger's
