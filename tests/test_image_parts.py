@@ -69,6 +69,13 @@ def test_a_jpeg_of_too_many_scans_is_refused_before_it_is_decoded(between):
     assert time.monotonic() - began < 20
 
 
+def test_a_jpeg_that_is_decoded_at_a_lower_size_may_have_fewer_scans(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 50)
+    assert read_image(with_scans(50)).size == (5, 5)
+    with pytest.raises(UserError, match="more than 50 scans"):
+        read_image(with_scans(51))
+
+
 def test_what_follows_a_jpeg_and_its_tables_are_no_scans():
     """Phones append a film of a second to a photo."""
     content = with_scans(20, segment(0xFE, b"\xff\xda"))

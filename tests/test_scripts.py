@@ -16,7 +16,8 @@ import inference
 import metrics
 import train
 from losses import Reward
-from model import CaptionModel, read_metadata
+from model import CaptionModel
+from model_file import read_metadata
 from readers import Record, load_split
 from util import scripts
 from util.results import Caption
@@ -78,6 +79,7 @@ def test_a_caption_that_was_split_and_joined_is_split_in_the_same_way(text):
         (["红球"], True),
         (["夜の町の通り", "a dog", "a cat"], True),
         (["ชายใส่เสื้อสีแดง กำลังเดินอยู่ริมถนน"], True),  # a space between clauses
+        (["男の子が走る　海で"], True),
         (["一只 狗 在 草地 上 跑"], False),  # by a tool
         (["ชาย ใส่ เสื้อ สี แดง"], False),
         (["a dog", "강아지가 달린다", "собака", "लाल गेंद"], False),

@@ -92,9 +92,7 @@ def clean_jpeg(stream: BinaryIO) -> BinaryIO:
                 xmp = data[start + 4 : place]
         else:
             needed.append((start, place))
-    # The bytes of a marker may also be part of a table, so the fast count is an upper limit.
-    if data.count(b"\xff\xda", start) > MAX_SCANS and count_scans(data, start) > MAX_SCANS:
-        raise UserError(f"more than {MAX_SCANS} scans; save it anew as an ordinary JPEG")
+    check_scans(data, start)
     parts = [b"\xff\xd8", *(data[slice(*each)] for each in application.values())]
     if orientation := make_exif(exif, xmp):
         length = len(orientation) + 2
@@ -103,10 +101,17 @@ def clean_jpeg(stream: BinaryIO) -> BinaryIO:
     return io.BytesIO(b"".join([*parts, memoryview(data)[start:]]))
 
 
-def count_scans(data: bytes, place: int) -> int:
-    """Return how many scans there are from `place` to the end of the image, at most a few more."""
+def check_scans(data: bytes, place: int = 2, most: int = MAX_SCANS) -> None:
+    """Raise UserError if there are more than `most` scans from `place` in a JPEG to its end."""
+    # The bytes of a marker may also be part of a table, so the fast count is an upper limit.
+    if data.count(b"\xff\xda", place) > most and count_scans(data, place, most) > most:
+        raise UserError(f"more than {most} scans; save it anew as an ordinary JPEG")
+
+
+def count_scans(data: bytes, place: int, most: int) -> int:
+    """Return how many scans there are from `place` to the end of the image, up to `most` + 1."""
     scans = 0
-    while scans <= MAX_SCANS and (found := JPEG_MARKER.search(data, place)):
+    while scans <= most and (found := JPEG_MARKER.search(data, place)):
         place, marker = found.end(), found[1][0]
         if marker == EOI:
             break

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 
 from util.files import UserError
-from util.image_parts import drop_metadata, make_exif
+from util.image_parts import MAX_SCANS, check_scans, drop_metadata, make_exif
 from util.pixels import brighten, from_array, to_rgb
 from util.truncation import allowance, check_enough, complete, is_strict, warn_of_missing_end
 
@@ -286,6 +286,8 @@ def decode(stream: Any, at_least: int | None) -> Image.Image:
     """Return the image in a file without metadata, in RGB and upright."""
     with open_image(stream) as image:
         check_header(image)
+        if (pixels := image.width * image.height) > MAX_PIXELS:  # a JPEG: each scan takes longer
+            check_scans(stream.getvalue(), most=MAX_SCANS * MAX_PIXELS // pixels)
         if exif := image.info.get("exif"):  # Pillow would read all of it
             image.info["exif"] = make_exif(exif)
         reduce_jpeg(image, at_least)

@@ -28,7 +28,7 @@ _SIGN = re.compile(
     r"\uff5b-\uff65\u0e3f\u0e4f\u0e5a\u0e5b\u104a-\u104f\u17d4-\u17db]"
 )
 _JOIN = re.compile(rf"(?<=[{_BLOCKS}]) | (?=[{_BLOCKS}])")
-SEGMENTED = 8  # letters per space, below which somebody has put spaces between words
+SEGMENTED = 5  # letters per space, below which somebody has put spaces between words
 LEAST = 0.01  # of the captions that decide what all are taken for
 
 
