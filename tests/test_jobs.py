@@ -265,6 +265,15 @@ def test_formulas_in_names_survive_a_continued_file(photos, script, asked, tmp_p
 # --- folders
 
 
+def test_files_that_are_no_images_are_counted_by_their_ending_in_one_line(photos, script):
+    for name in ("a.cr2", "b.CR2", "c.mov", "0.txt", "0.xmp", ".hidden.doc"):
+        (photos / name).touch()
+    picture(5).save(photos / "e.j2k", "JPEG2000")
+    code, out, err = script(photos)
+    assert (code, len(out.splitlines())) == (0, 5)
+    assert err == "left out: 3 files that are no images: 2 .cr2, 1 .mov\n"
+
+
 def test_one_bad_folder_costs_only_itself(photos, script, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     (photos / "locked").mkdir()

@@ -12,6 +12,7 @@ from helpers.tiny import COLOURS, run_script
 import evaluate
 import features
 import train
+from config import configure
 from readers import Columns, load_split
 from util import files
 
@@ -93,6 +94,13 @@ def test_columns_of_other_datasets_are_refused_in_one_line(
     said = "--image-column Bild and --caption-column Was zu sehen ist is for tables of your own"
     assert f"{said} (--dataset csv), not for --dataset {dataset}" in err
     assert not (tmp_path / "new").exists()
+
+
+def test_columns_may_be_those_of_a_further_dataset(folder, tmp_path):
+    flags = ["--dataset", "flickr8k", "--data-dir", str(tmp_path), *NAMED]
+    assert configure([*flags, "--also", f"csv:{folder}"]).data.columns == Columns(*NAMED[1::2])
+    with pytest.raises(files.UserError, match="not for --dataset flickr8k and sidecar"):
+        configure([*flags, "--also", f"sidecar:{folder}"])
 
 
 def test_shards_are_made_of_named_columns(folder, tmp_path, capsys):
