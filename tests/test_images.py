@@ -490,6 +490,7 @@ def test_files_left_out_are_counted_by_their_ending(tmp_path):
     assert others == {".mov": 2, ".txt": 1, ".cr2": 1, "": 1}
     line = images.count_others(others)
     assert line.startswith("5 files that are no images: 2 .mov, 1 ") and "1 without an end" in line
+    assert images.count_others(Counter([".mov"])) == "1 file that is no image: 1 .mov"
     assert "2 other endings" in images.count_others(Counter({f".{n}": 1 for n in range(11)}))
 
 

@@ -218,7 +218,8 @@ def count_others(others: Counter[str]) -> str:
         f"{count:,} {suffix or 'without an ending'}" for suffix, count in others.most_common()
     ]
     shown = counts if len(counts) <= 10 else [*counts[:9], f"{len(counts) - 9} other endings"]
-    return f"{others.total():,} files that are no images: {', '.join(shown)}"
+    files = "1 file that is no image" if others.total() == 1 else None
+    return f"{files or f'{others.total():,} files that are no images'}: {', '.join(shown)}"
 
 
 def log_unread(error: OSError) -> None:

@@ -75,7 +75,8 @@ def read_table(
             required = " and ".join(name for name in columns if name not in optional)
             raise UserError(
                 f"{path} must have the columns {required}, each once, not "
-                f"{', '.join(header)[:60]!r}; {column} may be called {', '.join(names)}"
+                f"{', '.join(header)[:60]!r}; {column} may be called {', '.join(names)}, "
+                f"or what --{column}-column says"
             )
     named = {column: [header[place] for place in places] for column, places in chosen.items()}
     if any(names and names != [column] for column, names in named.items()):
