@@ -76,7 +76,7 @@ def check_enough(image: Image.Image) -> None:
     halves += (0, 0, middle[0], height), (width - middle[0], 0, width, height)
     for half in halves:
         if all(low == high for low, high in image.crop(half).getextrema()):
-            raise UserError("the file is truncated, and half of the image or more is missing")
+            raise UserError("image file is truncated: half of the image or more is missing")
 
 
 def warn_of_missing_end(name: str) -> None:
