@@ -15,7 +15,16 @@ UTIL = sorted(path.stem for path in (ROOT / "util").glob("[!_]*.py"))
 FILES = {name: ROOT / f"{name}.py" for name in TOP} | {
     f"util.{name}": ROOT / "util" / f"{name}.py" for name in UTIL
 }
-SCRIPTS = ("download_data", "features", "train", "evaluate", "inference", "export", "app")
+SCRIPTS = (
+    "download_data",
+    "features",
+    "train",
+    "evaluate",
+    "compare",
+    "inference",
+    "export",
+    "app",
+)
 STANDARD = set(sys.stdlib_module_names)
 LIBRARIES = {
     "torch", "torchvision", "PIL", "numpy", "tqdm", "requests", "tyro", "safetensors", "filelock",

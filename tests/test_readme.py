@@ -25,7 +25,16 @@ from readers import load_split
 from util import files
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "weights/README.md"]
-SCRIPTS = ("download_data", "features", "train", "evaluate", "inference", "export", "app")
+SCRIPTS = (
+    "download_data",
+    "features",
+    "train",
+    "evaluate",
+    "compare",
+    "inference",
+    "export",
+    "app",
+)
 OTHER_SCRIPTS = ("how_it_works", "bench", "limits", "growth", "ranks", "scale", "streams", "busy")
 NOT_RUN = {
     "git clone": "needs the network",

@@ -180,7 +180,9 @@ def test_the_page_gets_the_file_at_an_address(client, asked):
 
 
 @pytest.mark.parametrize(
-    "form", [{}, {"url": LINK, "n": 2}, {"image": (io.BytesIO(PHOTO), "a.png")}], ids=str
+    "form",
+    [{}, {"url": LINK, "n": 2}, {"image": (io.BytesIO(PHOTO), "a.png")}],
+    ids=["nothing", "a setting", "a file"],
 )
 def test_fetching_takes_an_address_and_nothing_else(form, client):
     assert error_of(post(client, "/fetch", data=form))[0] == 400

@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,58 @@ def learning_curve(path: str | Path, rows: list[dict], test_loss: float | None =
         figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
 
 
+COMPARISON = "Curves of several runs"  # the title in the PNG file
+
+
+def compare_curves(path: str | Path, runs: Mapping[str, list[dict]]) -> None:
+    """Write a plot of the validation loss and CIDEr of several runs by epoch, as PNG.
+
+    `runs`: name → rows as of `learning_curve`. A star marks the best epoch of a run.
+    """
+    from matplotlib.figure import Figure
+
+    height = 4.6 + 0.22 * math.ceil(len(runs) / 2)
+    figure = Figure(figsize=(11, height), dpi=110, layout="constrained")
+    losses, scores = figure.subplots(1, 2)
+    colors = (
+        "#0072B2",
+        "#D55E00",
+        "#009E73",
+        "#AA4499",
+        "#E69F00",
+        "#56B4E9",
+        "#555555",
+        "#882255",
+    )
+    styles = itertools.product(("-", "--", ":", "-."), colors)  # another line after seven colours
+    for (name, rows), (line, color) in zip(runs.items(), itertools.cycle(styles)):
+        label = name.replace("$", r"\$").lstrip("_")  # no formula, and no hidden label
+        draw_line(losses, rows, "val_loss", "_loss", color, ".", line)
+        points = draw_line(scores, rows, "CIDEr", label, color, ".", line)
+        if points:
+            best = max(points, key=lambda point: point[1])
+            scores.plot(*best, "*", color=color, markersize=14, markeredgecolor="white")
+        elif losses.lines:  # a run without captions to compare with has its loss alone
+            losses.lines[-1].set_label(label)
+    every = [row for rows in runs.values() for row in rows]
+    for axes, label in ((losses, "validation loss"), (scores, "CIDEr (validation)")):
+        finish_axes(axes, label, [{"epoch": row.get("epoch")} for row in every])
+        if legend := axes.get_legend():
+            legend.remove()
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=11)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", metadata={"Title": COMPARISON})
+
+
+def is_comparison(path: str | Path) -> bool:
+    """Return whether a file is a plot of `compare_curves`."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            return image.info.get("Title") == COMPARISON
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
 def draw_scores(axes: Any, rows: list[dict]) -> None:
     """Draw validation CIDEr and BLEU-4 and the reward by epoch, and mark the best epoch.
 
@@ -90,14 +143,14 @@ def draw_scores(axes: Any, rows: list[dict]) -> None:
 
 
 def draw_line(
-    axes: Any, rows: list[dict], key: str, label: str, color: str, marker: str
+    axes: Any, rows: list[dict], key: str, label: str, color: str, marker: str, line: str = "-"
 ) -> list[tuple[float, float]]:
     """Draw one column by epoch and return its points; the line connects over missing values."""
     points = [(to_float(row.get("epoch")), to_float(row.get(key))) for row in rows]
     points = [point for point in points if all(map(math.isfinite, point))]
     if points:
         size = 5 if len(points) <= 40 else 0
-        axes.plot(*zip(*points, strict=True), marker, ls="-", ms=size, color=color, label=label)
+        axes.plot(*zip(*points, strict=True), marker, ls=line, ms=size, color=color, label=label)
     return points
 
 
