@@ -27,6 +27,7 @@ from util.image_process import ImageReader
 from util.images import MAX_PIXELS
 from util.origins import RefusedError
 from util.results import Caption
+from util.scripts import list_words
 from util.uploads import FORM_BYTES, MEGABYTE, Upload
 
 # The smallest and the largest value a request may have; integers where these are. Those of
@@ -240,7 +241,7 @@ def to_json(caption: Caption | Explained) -> dict[str, Any]:
         "text": caption.text,
         "log_prob": caption.log_prob,
         "probability": math.exp(caption.score),
-        "words": caption.text.split(),
+        "words": getattr(caption, "words", None) or list_words(caption.text),
         "attention": None if attention is None else attention.astype(float).round(4).tolist(),
     }
 

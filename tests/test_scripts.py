@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.datasets import save_image
@@ -11,6 +12,7 @@ from helpers.tiny import COLOURS, run_script, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
+import app
 import evaluate
 import inference
 import metrics
@@ -144,6 +146,14 @@ def test_attention_is_by_character_and_a_score_is_the_mean_over_characters(tmp_p
     assert explained.score == explained.log_prob / (len(explained.words) + 1)
     assert Caption("一只 dog", -4.0).score == -1.0
     assert Caption("a big dog", -4.0).score == -1.0
+
+
+def test_the_page_gets_a_map_for_each_character():
+    maps = np.full((3, 2, 2), 0.25)
+    explained = inference.Explained("一只狗", -4.0, ["一", "只", "狗"], maps)
+    answer = app.to_json(explained)
+    assert (answer["words"], len(answer["attention"])) == (["一", "只", "狗"], 3)
+    assert app.to_json(Caption("一只 dog", -4.0))["words"] == ["一", "只", "dog"]
 
 
 # --- scores
