@@ -23,6 +23,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 import metrics
+from caption_results import (
+    holds_coco_results,
+    match_image_ids,
+    pick_captioned,
+    read_captions,
+)
 from corpora import Trained, read_trained
 from decoding import DecodingConfig, decode, to_captions
 from encoder import PRECISIONS, pick_dtype
@@ -43,7 +49,7 @@ from util.truncation import set_strict
 log = logging.getLogger(__name__)
 
 MAX_IMAGES = 2**20
-EXAMPLE_ROW = '{"image_id": …, "caption": "…"}'
+FEW = 100  # images; a CIDEr of fewer says little: it weights words by their rarity in them
 SHOWN = 24  # captions on the report's page, of the best and of the worst
 THUMBNAIL = (480, 360)  # pixels, for screens that draw two for each of a page's
 
@@ -200,46 +206,12 @@ def score_split(
 
 
 def print_scores(scores: Mapping[str, Any], file: Any = None) -> None:
-    """Print those scores that are metrics or faults, one per line."""
+    """Print those scores that are metrics or faults, one per line, with a note on few "images"."""
     for name in (*itertools.chain(*metrics.METRICS), *metrics.FAULTS):
         if name in scores:
-            print(f"  {name:8} {scores[name]:.3f}", file=file or sys.stdout)
-
-
-# --- captions made elsewhere
-
-
-def read_captions(path: Path) -> dict[str, str]:
-    """Return image id → caption from a COCO results file: [{"image_id": …, "caption": …}, …].
-
-    Ids become text, whether the file has numbers (COCO) or names (Flickr). Raises UserError if the
-    file has another form or two captions of an image.
-    """
-    rows = files.read_json(path)
-    expected = f"{path} is not a captions file: expected a JSON list of {EXAMPLE_ROW}"
-    if not isinstance(rows, list):
-        raise UserError(f"{expected}, not a {type(rows).__name__}")
-    captions: dict[str, str] = {}
-    for number, row in enumerate(rows, 1):
-        fields = row if isinstance(row, dict) else {}
-        image_id, caption = fields.get("image_id"), fields.get("caption")
-        if not isinstance(image_id, (str, int)) or not isinstance(caption, str):
-            raise UserError(f"{expected}; entry {number} is {repr(row)[:60]}")
-        if str(image_id) in captions:
-            raise UserError(
-                f"{path} has two captions of image {image_id!r}; expected one per image"
-            )
-        captions[str(image_id)] = caption
-    return captions
-
-
-def match_image_ids(
-    captions: Mapping[str, str], records: Sequence[Record], skipped: Sequence[Record]
-) -> dict[Any, str]:
-    """Return `captions` by the ids of `records`, without those of the `skipped` records."""
-    own = {str(record.image_id): record.image_id for record in records}
-    dropped = {str(record.image_id) for record in skipped}
-    return {own.get(name, name): text for name, text in captions.items() if name not in dropped}
+            few = name == "CIDEr" and scores.get("images", FEW) < FEW
+            note = f"  (says little of fewer than {FEW} images)" if few else ""
+            print(f"  {name:8} {scores[name]:.3f}{note}", file=file or sys.stdout)
 
 
 def captions_json(captions: Mapping[Any, str]) -> list[dict[str, Any]]:
@@ -327,7 +299,10 @@ class Config:
     ensemble: tuple[Path, ...] = ()
     """Several checkpoints, decoded together: their probabilities are averaged."""
     captions: Path | None = None
-    """Score the captions of this file (COCO results format) and use no model."""
+    """Score the captions of this file and use no model: what inference.py wrote (--output, --json),
+    COCO's results format, or a table. Images are named by their id or path."""
+    only_captioned: bool = False
+    """Score only the images of which --captions has a caption."""
     dataset: Literal[tuple(DATASETS)] | None = None
     """The dataset that the split is of (default: that which the model was trained on)."""
     data_dir: str | None = None
@@ -377,6 +352,8 @@ class Config:
         check_allowed(self.data_dir, self.allow_commands)
         if self.captions and self.ensemble:
             raise UserError("--captions scores a file and uses no model; leave out --ensemble")
+        if self.only_captioned and not self.captions:
+            raise UserError("--only-captioned is about --captions, which is not given")
 
 
 def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
@@ -394,8 +371,14 @@ def evaluate(config: Config) -> tuple[dict[str, Any], dict[Any, str]]:
     used = len(split) if config.limit is None else config.limit
     records = split[:used]
     if config.captions:
-        captions = match_image_ids(read_captions(config.captions), records, split[used:])
+        captions = read_captions(config.captions)
+        if not captions:
+            raise UserError(f"nothing to score: {config.captions} has no captions")
+        captions = match_image_ids(captions, records, split[used:])
         source: dict[str, Any] = {"captions": config.captions.name}
+        if config.only_captioned:
+            source["split_images"] = len(records)
+        records = pick_captioned(records, captions, config.captions, config.only_captioned)
     else:
         model = Captioner.load(checkpoints, config.device).model
         if isinstance(model, OnnxModel):
@@ -446,7 +429,7 @@ def check_outputs(config: Config) -> None:
     files.check_output(config.captions_json, [".json"], [*inputs, config.json])
     files.check_output(config.report, [".html", ".htm"], inputs)
     files.check_replaceable(config.json, holds_scores, "scores")
-    files.check_replaceable(config.captions_json, read_captions, "captions of images")
+    files.check_replaceable(config.captions_json, holds_coco_results, "captions of images")
     files.check_replaceable(config.report, is_report, "a report of this script")
 
 
@@ -474,7 +457,10 @@ def main(argv: list[str] | None = None) -> None:
         report, captions = evaluate(config)
     if not report:  # only the main process has one
         return
-    print(f"{report['dataset']} {config.split}, {report['images']} images")
+    images = str(report["images"])
+    if config.only_captioned:
+        images += f" of {report['split_images']}"
+    print(f"{report['dataset']} {config.split}, {images} images")
     print_scores(report)
     if config.json:
         files.write_json(config.json, report)
