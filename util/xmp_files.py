@@ -1,0 +1,189 @@
+"""Where the XMP packet is in a JPEG, PNG or WebP, and the same file with another packet.
+
+All other bytes stay as they are, those of the pixels too; only a WebP's header counts its parts.
+Raises UserError for a file that can't be parted with certainty.
+"""
+
+import re
+import struct
+import zlib
+from typing import NamedTuple
+
+from util.files import UserError
+
+MAX_PACKET = 2**22  # bytes; those of an editor's long history have some 100,000
+MAX_SEGMENT = 2**16 - 3  # of a JPEG, without its marker and length
+JPEG_XMP, JPEG_MORE = b"http://ns.adobe.com/xap/1.0/\0", b"http://ns.adobe.com/xmp/extension/\0"
+PNG_XMP = b"XML:com.adobe.xmp\0"
+SOS, STANDALONE = 0xDA, {0, 1, *range(0xD0, 0xDA)}  # markers; without a length
+PNG, JPEG, WEBP = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF....WEBP"
+XMP_FLAG, ALPHA_FLAG = 0x04, 0x10  # of a WebP's VP8X
+
+
+class Parts(NamedTuple):
+    """A file as the bytes before its XMP packet, the packet (empty: none), and those after it."""
+
+    kind: str
+    before: bytes
+    packet: bytes
+    after: bytes
+    tail: bytes = b""  # what follows a WebP
+
+
+def find_kind(head: bytes) -> str:
+    """Return "jpeg", "png" or "webp" by a file's first 12 bytes, "" for other files."""
+    for kind, magic in (("png", PNG), ("jpeg", JPEG), ("webp", WEBP)):
+        if re.match(magic if kind == "webp" else re.escape(magic), head, re.DOTALL):
+            return kind
+    return ""
+
+
+def split_file(data: bytes) -> Parts:
+    """Return the parts of a JPEG, PNG or WebP."""
+    return {"jpeg": split_jpeg, "png": split_png, "webp": split_webp}[find_kind(data[:12])](data)
+
+
+def join_file(parts: Parts, packet: bytes) -> bytes:
+    """Return the file with another packet."""
+    before, after = parts.before, parts.after
+    if parts.kind == "png":
+        body = b"iTXt" + PNG_XMP + bytes(4) + packet  # not compressed, no language
+        chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+        return before + chunk + after
+    if parts.kind == "webp":
+        chunk = b"XMP " + struct.pack("<I", len(packet)) + packet + bytes(len(packet) % 2)
+        size = len(before) + len(chunk) + len(after) - 8
+        return before[:4] + struct.pack("<I", size) + before[8:] + chunk + after + parts.tail
+    if len(JPEG_XMP + packet) > MAX_SEGMENT:  # room that is kept for editors
+        packet = re.sub(rb"\s+(?=<\?xpacket end)", b"\n", packet)
+    segment = JPEG_XMP + packet
+    if len(segment) > MAX_SEGMENT:
+        raise UserError("its XMP would be too long for a JPEG")
+    return before + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + after
+
+
+# --- JPEG
+
+
+def split_jpeg(data: bytes) -> Parts:
+    """Return the parts of a JPEG; a new packet comes behind JFIF and EXIF.
+
+    Of Extended XMP only the standard packet is a part: the extension is bound to it by a digest of
+    the extension alone, so it stays valid.
+    """
+    found, more, place, new, images = [], b"", 2, 2, 0
+    while True:
+        start = place
+        while data[place : place + 2] == b"\xff\xff":  # fill bytes
+            place += 1
+        marker, length = data[place : place + 2], int.from_bytes(data[place + 2 : place + 4], "big")
+        if len(marker) < 2 or marker[0] != 0xFF or marker[1] in STANDALONE or length < 2:
+            raise UserError("the file is damaged")
+        if marker[1] == SOS:
+            break
+        end = place + 2 + length
+        content = data[place + 4 : end]
+        if len(content) != length - 2:
+            raise UserError("the file is truncated")
+        if marker == b"\xff\xe1" and content.startswith(JPEG_XMP):
+            if images:
+                raise UserError("its XMP is behind the list of its further images (MPF)")
+            found.append((start, content.removeprefix(JPEG_XMP), end))
+        elif marker == b"\xff\xe1" and content.startswith(JPEG_MORE):
+            more += content[len(JPEG_MORE) + 40 :]
+        elif marker == b"\xff\xe2" and content.startswith(b"MPF\0"):
+            images = start
+        if start == new and (marker == b"\xff\xe0" or content.startswith(b"Exif\0")):
+            new = end
+        place = end
+    if b":description" in more:
+        raise UserError("it has a description in Extended XMP")
+    return choose("jpeg", data, found, new)
+
+
+def choose(kind: str, data: bytes, found: list[tuple[int, bytes, int]], new: int) -> Parts:
+    """Return the parts, where packets were `found`, or a `new` one belongs."""
+    if len(found) > 1:
+        raise UserError("it has several packets of XMP")
+    start, packet, end = found[0] if found else (new, b"", new)
+    return Parts(kind, data[:start], packet, data[end:])
+
+
+# --- PNG
+
+
+def split_png(data: bytes) -> Parts:
+    """Return the parts of a PNG; a new packet comes behind the header."""
+    found, place, new = [], len(PNG), 0
+    while place + 8 <= len(data):
+        length, kind = struct.unpack_from(">I4s", data, place)
+        start, place = place, place + 12 + length
+        content = data[start + 8 : place - 4]
+        if kind == b"iTXt" and content.startswith(PNG_XMP):
+            if place > len(data):
+                raise UserError("the file is truncated")
+            found.append((start, unpack_text(content.removeprefix(PNG_XMP)), place))
+        elif kind in (b"zTXt", b"tEXt") and content.startswith(b"Raw profile type xmp\0"):
+            raise UserError("its XMP is in ImageMagick's own form")
+        new = new or place
+        if kind == b"IEND":
+            break
+    if data[len(PNG) + 4 : len(PNG) + 8] != b"IHDR" or new > len(data):
+        raise UserError("the file is damaged")
+    return choose("png", data, found, new)
+
+
+def unpack_text(content: bytes) -> bytes:
+    """Return the text of an iTXt chunk, of which `content` follows the keyword."""
+    fields = content[2:].split(b"\0", 2)
+    if len(fields) != 3:
+        raise UserError("its XMP is damaged")
+    if content[:1] != b"\1":
+        return fields[2]
+    try:
+        unpack = zlib.decompressobj()
+        text = unpack.decompress(fields[2], MAX_PACKET)
+    except zlib.error as error:
+        raise UserError(f"its XMP is damaged ({error})") from None
+    if not unpack.eof:
+        raise UserError(f"its XMP has more than {MAX_PACKET:,} bytes, or is damaged")
+    return text
+
+
+# --- WebP
+
+
+def split_webp(data: bytes) -> Parts:
+    """Return the parts of a WebP; a new packet comes last, after what makes the file extended."""
+    end = 8 + int.from_bytes(data[4:8], "little")
+    if end > len(data):
+        raise UserError("the file is truncated")
+    found, place = [], 12
+    while place + 8 <= end:
+        kind, length = struct.unpack_from("<4sI", data, place)
+        start, place = place, place + 8 + length + length % 2
+        if start + 8 + length > end:
+            raise UserError("the file is truncated")
+        if kind == b"XMP ":
+            found.append((start, data[start + 8 : start + 8 + length], min(place, end)))
+    parts = choose("webp", data[:end], found, end)._replace(tail=data[end:])
+    before = parts.before
+    if before[12:16] == b"VP8X":
+        flags = before[20] | XMP_FLAG
+        return parts._replace(before=before[:20] + bytes([flags]) + before[21:])
+    return parts._replace(before=before[:12] + make_header(before) + before[12:])
+
+
+def make_header(data: bytes) -> bytes:
+    """Return the chunk VP8X that a WebP with metadata begins with, of one without metadata."""
+    flags, kind, content = XMP_FLAG, data[12:16], data[20:30]
+    if kind == b"VP8 " and content[3:6] == b"\x9d\x01\x2a":
+        width, height = (size & 0x3FFF for size in struct.unpack_from("<HH", content, 6))
+    elif kind == b"VP8L" and content[:1] == b"\x2f":
+        bits = int.from_bytes(content[1:5], "little")
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        flags |= ALPHA_FLAG if bits >> 28 & 1 else 0
+    else:
+        raise UserError("the file is damaged")
+    size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"VP8X" + struct.pack("<I", 10) + bytes([flags, 0, 0, 0]) + size
