@@ -114,10 +114,12 @@ def test_nothing_but_the_description_changes(kind, packet, tmp_path):
     packet = packet and packet.encode()
     path = save(tmp_path / NAMES[kind], kind, packet)
     path.chmod(0o640)
+    assert xmp.has_description(str(path)) == (packet is not None and OWN.encode() in packet)
     before, pixels = path.read_bytes(), np.asarray(Image.open(path))
     assert write_description(str(path), TEXT, overwrite=True)
     after = path.read_bytes()
     assert parts_of(after) == parts_of(before) and after != before
+    assert xmp.has_description(str(path))
     assert (np.asarray(Image.open(path)) == pixels).all()
     assert path.stat().st_mode & 0o777 == 0o640
     expected = {"x-default": TEXT}
@@ -333,17 +335,17 @@ def test_a_file_cut_anywhere_is_written_with_the_same_rest_or_left_alone(kind, t
         except UserError as error:
             assert "is left as it is" in str(error)
         else:
-            first, last = xmp_files.split_file(data[:length]), xmp_files.split_file(after)
-            assert (first.before, first.after) == (last.before, last.after)
+            first, last = xmp_files.find_packet(data[:length]), xmp_files.find_packet(after)
+            assert after[: last.start] == data[: first.start]
+            assert after[last.end :] == data[first.end : length]
 
 
 @pytest.mark.parametrize("kind", NAMES)
 def test_two_packets_are_left_alone(kind, tmp_path):
     path = save(tmp_path / NAMES[kind], kind, (LIGHTROOM % "").encode())
     data = path.read_bytes()
-    parts = xmp_files.split_file(data)
-    part = data[len(parts.before) : len(data) - len(parts.after)]
-    double = parts.before + part + part + parts.after
+    found = xmp_files.find_packet(data)
+    double = data[: found.end] + data[found.start :]
     if kind == "WEBP":
         double = double[:4] + struct.pack("<I", len(double) - 8) + double[8:]
     with pytest.raises(UserError, match="several packets"):
@@ -396,6 +398,7 @@ def test_other_formats_have_a_file_beside_them(name, tmp_path):
     assert path.read_bytes() == before
     beside = tmp_path / f"{name}.xmp"
     assert descriptions(beside.read_bytes()) == {"x-default": TEXT}
+    assert xmp.has_description(str(path))
     assert not write_description(str(path), "another", overwrite=False)
     beside.write_text(LIGHTROOM % OWN)
     assert write_description(str(path), TEXT, overwrite=True)

@@ -6,6 +6,7 @@ all other bytes of which stay too; images of other formats get a file beside the
 """
 
 import errno
+import mmap
 import os
 import re
 from pathlib import Path
@@ -225,6 +226,21 @@ def description_file(image: str) -> str:
         return image if xmp_files.find_kind(file.read(12)) else f"{image}.xmp"
 
 
+def has_description(image: str) -> bool:
+    """Return whether an image has a description; False, too, where that can't be known."""
+    path = description_file(image)
+    try:
+        with open(path, "rb") as file:
+            if path != image:
+                packet = file.read(MAX_PACKET + 1)
+            else:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    packet = xmp_files.find_packet(data).packet
+        return bool(packet) and bool(Packet(packet).description.strip())
+    except (UserError, OSError):
+        return False
+
+
 def write_description(image: str, text: str, overwrite: bool) -> bool:
     """Write the description of an image; return False if it has another one, which is kept.
 
@@ -234,18 +250,19 @@ def write_description(image: str, text: str, overwrite: bool) -> bool:
     path = description_file(image)
     try:
         if path == image:
-            parts = xmp_files.split_file(Path(path).read_bytes())
-            packet = edit_packet(parts.packet, text, overwrite)
-            is_same = packet == parts.packet
+            data = Path(path).read_bytes()
+            found = xmp_files.find_packet(data)
+            earlier = found.packet
         else:
             earlier = Path(path).read_bytes() if os.path.lexists(path) else b""
-            packet = edit_packet(earlier, text, overwrite)
-            is_same = packet == earlier
-        if packet is None or is_same:
-            return is_same
+        packet = edit_packet(earlier, text, overwrite)
+        if packet is None or packet == earlier:
+            return packet is not None
         if files.is_protected(path):
             raise files.write_error(errno.EACCES, path)
-        files.write_bytes(path, xmp_files.join_file(parts, packet) if path == image else packet)
+        if path == image:
+            packet = xmp_files.replace_packet(data, found, packet)
+        files.write_bytes(path, packet)
     except UserError as error:
         raise UserError(f"{path} is left as it is: {error}") from error
     return True

@@ -1,9 +1,10 @@
 """Where the XMP packet is in a JPEG, PNG or WebP, and the same file with another packet.
 
 All other bytes stay as they are, those of the pixels too; only a WebP's header counts its parts.
-Raises UserError for a file that can't be parted with certainty.
+Raises UserError for a file whose parts are not certain.
 """
 
+import mmap
 import re
 import struct
 import zlib
@@ -20,14 +21,19 @@ PNG, JPEG, WEBP = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF....WEBP"
 XMP_FLAG, ALPHA_FLAG = 0x04, 0x10  # of a WebP's VP8X
 
 
-class Parts(NamedTuple):
-    """A file as the bytes before its XMP packet, the packet (empty: none), and those after it."""
+Data = bytes | mmap.mmap  # of a file; mapped, only what is asked for is read
+
+
+class Found(NamedTuple):
+    """Where the part with the XMP packet begins and ends in a file, and the packet.
+
+    Without one, it is where a new one belongs, twice, and b"".
+    """
 
     kind: str
-    before: bytes
+    start: int
     packet: bytes
-    after: bytes
-    tail: bytes = b""  # what follows a WebP
+    end: int
 
 
 def find_kind(head: bytes) -> str:
@@ -38,22 +44,23 @@ def find_kind(head: bytes) -> str:
     return ""
 
 
-def split_file(data: bytes) -> Parts:
-    """Return the parts of a JPEG, PNG or WebP."""
-    return {"jpeg": split_jpeg, "png": split_png, "webp": split_webp}[find_kind(data[:12])](data)
+def find_packet(data: Data) -> Found:
+    """Return where the XMP packet is in a JPEG, PNG or WebP."""
+    return {"jpeg": search_jpeg, "png": search_png, "webp": search_webp}[find_kind(data[:12])](data)
 
 
-def join_file(parts: Parts, packet: bytes) -> bytes:
+def replace_packet(data: Data, found: Found, packet: bytes) -> bytes:
     """Return the file with another packet."""
-    before, after = parts.before, parts.after
-    if parts.kind == "png":
+    before, after = data[: found.start], data[found.end :]
+    if found.kind == "png":
         body = b"iTXt" + PNG_XMP + bytes(4) + packet  # not compressed, no language
         chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
         return before + chunk + after
-    if parts.kind == "webp":
+    if found.kind == "webp":
         chunk = b"XMP " + struct.pack("<I", len(packet)) + packet + bytes(len(packet) % 2)
-        size = len(before) + len(chunk) + len(after) - 8
-        return before[:4] + struct.pack("<I", size) + before[8:] + chunk + after + parts.tail
+        before = extend_webp(before)
+        size = riff_size(data) + len(before) - found.end + len(chunk)
+        return before[:4] + struct.pack("<I", size) + before[8:] + chunk + after
     if len(JPEG_XMP + packet) > MAX_SEGMENT:  # room that is kept for editors
         packet = re.sub(rb"\s+(?=<\?xpacket end)", b"\n", packet)
     segment = JPEG_XMP + packet
@@ -65,10 +72,10 @@ def join_file(parts: Parts, packet: bytes) -> bytes:
 # --- JPEG
 
 
-def split_jpeg(data: bytes) -> Parts:
-    """Return the parts of a JPEG; a new packet comes behind JFIF and EXIF.
+def search_jpeg(data: Data) -> Found:
+    """Return where the packet of a JPEG is; a new one comes behind JFIF and EXIF.
 
-    Of Extended XMP only the standard packet is a part: the extension is bound to it by a digest of
+    Of Extended XMP that is the standard packet alone: the extension is bound to it by a digest of
     the extension alone, so it stays valid.
     """
     found, more, place, new, images = [], b"", 2, 2, 0
@@ -98,39 +105,39 @@ def split_jpeg(data: bytes) -> Parts:
         place = end
     if b":description" in more:
         raise UserError("it has a description in Extended XMP")
-    return choose("jpeg", data, found, new)
+    return choose("jpeg", found, new)
 
 
-def choose(kind: str, data: bytes, found: list[tuple[int, bytes, int]], new: int) -> Parts:
-    """Return the parts, where packets were `found`, or a `new` one belongs."""
+def choose(kind: str, found: list[tuple[int, bytes, int]], new: int) -> Found:
+    """Return the packet of those `found`, or where a `new` one belongs."""
     if len(found) > 1:
         raise UserError("it has several packets of XMP")
-    start, packet, end = found[0] if found else (new, b"", new)
-    return Parts(kind, data[:start], packet, data[end:])
+    return Found(kind, *(found[0] if found else (new, b"", new)))
 
 
 # --- PNG
 
 
-def split_png(data: bytes) -> Parts:
-    """Return the parts of a PNG; a new packet comes behind the header."""
+def search_png(data: Data) -> Found:
+    """Return where the packet of a PNG is; a new one comes behind the header."""
     found, place, new = [], len(PNG), 0
     while place + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, place)
         start, place = place, place + 12 + length
-        content = data[start + 8 : place - 4]
-        if kind == b"iTXt" and content.startswith(PNG_XMP):
+        name = data[start + 8 : start + 8 + min(length, 32)]
+        if kind == b"iTXt" and name.startswith(PNG_XMP):
+            content = data[start + 8 : place - 4]
             if place > len(data):
                 raise UserError("the file is truncated")
             found.append((start, unpack_text(content.removeprefix(PNG_XMP)), place))
-        elif kind in (b"zTXt", b"tEXt") and content.startswith(b"Raw profile type xmp\0"):
+        elif kind in (b"zTXt", b"tEXt") and name.startswith(b"Raw profile type xmp\0"):
             raise UserError("its XMP is in ImageMagick's own form")
         new = new or place
         if kind == b"IEND":
             break
     if data[len(PNG) + 4 : len(PNG) + 8] != b"IHDR" or new > len(data):
         raise UserError("the file is damaged")
-    return choose("png", data, found, new)
+    return choose("png", found, new)
 
 
 def unpack_text(content: bytes) -> bytes:
@@ -153,25 +160,32 @@ def unpack_text(content: bytes) -> bytes:
 # --- WebP
 
 
-def split_webp(data: bytes) -> Parts:
-    """Return the parts of a WebP; a new packet comes last, after what makes the file extended."""
-    end = 8 + int.from_bytes(data[4:8], "little")
+def search_webp(data: Data) -> Found:
+    """Return where the packet of a WebP is; a new one comes last."""
+    end = 8 + riff_size(data)
     if end > len(data):
         raise UserError("the file is truncated")
     found, place = [], 12
     while place + 8 <= end:
         kind, length = struct.unpack_from("<4sI", data, place)
         start, place = place, place + 8 + length + length % 2
-        if start + 8 + length > end:
+        if place > end:
             raise UserError("the file is truncated")
         if kind == b"XMP ":
-            found.append((start, data[start + 8 : start + 8 + length], min(place, end)))
-    parts = choose("webp", data[:end], found, end)._replace(tail=data[end:])
-    before = parts.before
+            found.append((start, data[start + 8 : start + 8 + length], place))
+    return choose("webp", found, end)
+
+
+def riff_size(data: Data) -> int:
+    """Return how many bytes a WebP says that it has, without the first 8."""
+    return int.from_bytes(data[4:8], "little")
+
+
+def extend_webp(before: bytes) -> bytes:
+    """Return what precedes the packet of a WebP, saying that there is one."""
     if before[12:16] == b"VP8X":
-        flags = before[20] | XMP_FLAG
-        return parts._replace(before=before[:20] + bytes([flags]) + before[21:])
-    return parts._replace(before=before[:12] + make_header(before) + before[12:])
+        return before[:20] + bytes([before[20] | XMP_FLAG]) + before[21:]
+    return before[:12] + make_header(before) + before[12:]
 
 
 def make_header(data: bytes) -> bytes:
