@@ -319,13 +319,17 @@ def main(argv: list[str] | None = None) -> None:
         set_strict(config.strict)
         job = distributed.on_main(lambda: plan(config))
         outputs = config.outputs
+        if job.skipped and not job.remaining:  # no model is needed
+            report(Tally(), job, outputs)
+            return
         checkpoints = list_checkpoints(config.checkpoint, config.ensemble)
         settings = {"precision": config.precision, **asdict(config.decoding)}
         captioner = Captioner.load(checkpoints, config.device, **settings)
         if outputs.output and distributed.is_main():
             results.write_settings(outputs.output, job.settings)
         tally = caption_share(captioner, job, config)
-        failed, kept = map(int, distributed.all_reduce_sum([tally.failed, tally.kept]))
+        counts = [tally.failed, tally.kept, tally.kept_descriptions]
+        failed, *kept = map(int, distributed.all_reduce_sum(counts))
         # From here on all parts are written.
         if outputs.output and distributed.is_main():
             results.merge_parts(outputs.output, job.format, config.n, job.images)
@@ -335,14 +339,23 @@ def main(argv: list[str] | None = None) -> None:
         if failed and total == 1 and not job.format and not job.left_out:
             raise tally.error
         if distributed.is_main():
-            report(failed, kept, total, job.left_out, outputs.overwrite)
+            report(Tally(failed, tally.error, *kept), job, outputs)
 
 
-def report(failed: int, kept: int, total: int, left_out: int, overwrite: bool) -> None:
-    """Print how many text files were kept; raise UserError if images or folders were left out."""
-    if kept:
-        why = "are write-protected" if overwrite else "exist; --overwrite replaces them"
-        print(f"kept {kept} text files that {why}", file=sys.stderr)
+def report(tally: Tally, job: Job, outputs: OutputConfig) -> None:
+    """Print what was kept and skipped; raise UserError if images or folders were left out."""
+    why = "are write-protected" if outputs.overwrite else "exist; --overwrite replaces them"
+    for number, what in ((tally.kept, "text files"), (tally.kept_descriptions, "descriptions")):
+        if number:
+            print(f"kept {number} {what} that {why}", file=sys.stderr)
+    if job.skipped:
+        what = ["text files"] * outputs.write_sidecar + ["descriptions"] * outputs.write_metadata
+        print(
+            f"skipped {job.skipped} of {len(job.images)} images, whose {' and '.join(what)} exist; "
+            "--overwrite captions them again",
+            file=sys.stderr,
+        )
+    failed, left_out, total = tally.failed, job.left_out, len(job.remaining) + len(job.captioned)
     messages = []
     if failed:
         messages.append(f"{failed} of {total} images could not be captioned")

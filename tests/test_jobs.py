@@ -10,7 +10,7 @@ from PIL import Image
 
 import inference
 from inference import Captioner
-from util import jobs, results
+from util import jobs, results, xmp
 from util.files import UserError
 from util.jobs import OutputConfig
 
@@ -84,6 +84,8 @@ def plan(places, **flags):
         (["--output", "b.txt", "b.jpg", "--format", "csv", "--write-sidecar"], "same file as"),
         (["photo.txt", "--write-sidecar", "--overwrite"], "would replace the image photo.txt"),
         (["b.jpg", "--overwrite"], "--overwrite is about --write-sidecar, which is not given"),
+        (["b.jpg", "--prefix", "a "], "--prefix is about --write-sidecar, which is not given, nor"),
+        (["b.jpg", "--write-sidecar", "--suffix", "a\nb"], "--suffix 'a\\nb' must be one line"),
         (["b.jpg", "--mix"], "--mix is about --output, which is not given"),
     ],
 )  # fmt: skip
@@ -132,7 +134,7 @@ def test_texts_that_exist_are_kept_and_counted(photos, script, captioner):
     (photos / "1.txt").write_text("my own words\n")
     (photos / "1.txt").chmod(0o444)
     for _ in range(2):
-        code, out, err = script(photos, "--write-sidecar")
+        code, out, err = script(photos, "--write-sidecar", "--no-skip-existing")
         assert code == 0 and len(out.splitlines()) == 4
         assert err == "kept 2 text files that exist; --overwrite replaces them\n"
         assert (photos / "0.txt").read_text() == "0 0.5 0.5 0.2 0.2\n"
@@ -141,6 +143,90 @@ def test_texts_that_exist_are_kept_and_counted(photos, script, captioner):
     assert (code, err) == (0, "kept 1 text files that are write-protected\n")
     assert (photos / "0.txt").read_text() == captioner.caption(photos / "0.png") + "\n"
     assert (photos / "1.txt").read_text() == "my own words\n"
+
+
+def test_images_that_have_their_text_are_not_captioned_again(photos, script, asked, monkeypatch):
+    (photos / "0.txt").write_text("mine\n")
+    code, out, err = script(photos, "--write-sidecar")
+    assert code == 0 and asked == ["1.png", "2.png", "3.png"] and len(out.splitlines()) == 3
+    said = "whose text files exist; --overwrite captions them again"
+    assert err == f"skipped 1 of 4 images, {said}\n"
+    asked.clear()
+    monkeypatch.setattr(Captioner, "load", lambda *_: pytest.fail("a model was loaded"))
+    code, out, err = script(photos, "--write-sidecar", "--skip-existing")
+    assert (code, out, err) == (0, "", f"skipped 4 of 4 images, {said}\n") and not asked
+    assert (photos / "0.txt").read_text() == "mine\n"
+
+
+def test_what_else_is_written_is_of_all_images(photos, script, asked, tmp_path):
+    (photos / "0.txt").write_text("mine\n")
+    for flags in (["--output", tmp_path / "a.csv"], ["--json", tmp_path / "a.json"]):
+        asked.clear()
+        assert script(photos, "--write-sidecar", *flags)[0] == 0
+        assert len(asked) == 4
+
+
+def test_a_prefix_and_a_suffix_are_written_not_printed(photos, script, captioner, tmp_path):
+    words = ("--prefix", "写真　photo of ", "--suffix", ", 35 mm", "--min-words", 3)
+    code, out, _ = script(photos / "0.png", "--write-sidecar", "--write-metadata", *words)
+    caption = captioner.caption(photos / "0.png", min_words=3)
+    text = f"写真　photo of {caption}, 35 mm"
+    assert (code, out) == (0, f"{caption}\n") and len(caption.split()) >= 3
+    assert (photos / "0.txt").read_text() == f"{text}\n"
+    assert text in Image.open(photos / "0.png").info["XML:com.adobe.xmp"]
+
+
+# --- descriptions in the photos
+
+
+def test_captions_are_written_into_photos_and_own_descriptions_are_kept(
+    photos, script, asked, captioner
+):
+    Image.open(photos / "3.png").save(photos / "4.tif")
+    pixels = {path: Image.open(path).tobytes() for path in photos.iterdir()}
+    captions = {path: captioner.caption(path) for path in pixels}
+    xmp.write_description(str(photos / "0.png"), "my own words", overwrite=False)
+    code, out, err = script(photos, "--write-metadata")
+    said = "whose descriptions exist; --overwrite captions them again"
+    assert (code, err) == (0, f"skipped 1 of 5 images, {said}\n") and len(out.splitlines()) == 4
+    for path, caption in captions.items():
+        beside = path.with_name("4.tif.xmp") if path.suffix == ".tif" else path
+        text = caption if path.name != "0.png" else "my own words"
+        assert f">{text}<".encode() in beside.read_bytes()
+        assert Image.open(path).tobytes() == pixels[path]
+    code, _, err = script(photos, "--write-metadata", "--no-skip-existing")
+    assert (code, err) == (0, "kept 1 descriptions that exist; --overwrite replaces them\n")
+    asked.clear()
+    code, out, err = script(photos, "--write-metadata", "--write-sidecar")
+    assert code == 0 and len(asked) == 5  # the texts are lacking
+    code, out, err = script(photos, "--write-metadata", "--write-sidecar")
+    assert out == "" and "5 of 5 images, whose text files and descriptions exist" in err
+    assert script(photos, "--write-metadata", "--overwrite")[0] == 0
+    assert f">{captions[photos / '0.png']}<".encode() in (photos / "0.png").read_bytes()
+
+
+def test_descriptions_of_a_continued_file_are_written_from_its_captions(
+    photos, script, asked, tmp_path
+):
+    out = tmp_path / "a.csv"
+    assert script(photos, "--output", out)[0] == 0
+    asked.clear()
+    assert script(photos, "--output", out, "--write-metadata")[0] == 0
+    assert asked == []
+    assert all(xmp.has_description(str(photos / f"{number}.png")) for number in range(4))
+
+
+def test_a_photo_whose_metadata_cannot_be_changed_is_one_line(photos, script):
+    xmp.write_description(str(photos / "0.png"), "mine", overwrite=False)
+    whole = (photos / "0.png").read_bytes()
+    (photos / "0.png").write_bytes(whole.replace(b"</x:xmpmeta>", b"</x:xmpmeta "))
+    before = (photos / "0.png").read_bytes()
+    code, out, err = script(photos, "--write-metadata")
+    assert code == 2 and len(out.splitlines()) == 4
+    assert f"left out: {photos / '0.png'} is left as it is: its XMP is malformed" in err
+    assert "1 of 4 images could not be captioned" in err and err.count("\n") == 2
+    assert (photos / "0.png").read_bytes() == before
+    assert xmp.has_description(str(photos / "3.png"))
 
 
 # --- a file that is continued
@@ -208,6 +294,17 @@ def test_copies_and_texts_of_a_continued_file_are_made_from_its_captions(
     assert len(list((tmp_path / "copies").iterdir())) == 4
     assert (photos / "3.txt").read_text() == "my own words\n"
     assert (photos / "2.txt").read_text() == "mine\n"
+
+
+def test_a_caption_that_is_no_text_costs_only_its_image(photos, script, tmp_path):
+    out = tmp_path / "a.csv"
+    assert script(photos, "--output", out)[0] == 0
+    rows = out.read_bytes().splitlines(keepends=True)
+    image, rest = rows[1].split(b",", 1)
+    out.write_bytes(b"".join([rows[0], image + b",\xff " + rest, *rows[2:]]))
+    code, _, err = script(photos, "--output", out, "--write-sidecar")
+    assert code == 2 and "1 of 4 images could not be captioned" in err
+    assert not (photos / "0.txt").exists() and (photos / "3.txt").exists()
 
 
 def test_an_error_of_a_copy_is_gone_once_the_copy_is_there(photos, script, asked, tmp_path):

@@ -4,6 +4,7 @@ Everything that can't be done is refused here, before a model is loaded or a fil
 """
 
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from util import distributed, files, program, results, sidecars
+from util import distributed, files, program, results, sidecars, xmp
 from util.files import UserError
 from util.images import count_others, drop_traceback, walk_images
 from util.results import Caption, Result
 
 JSON, PAGE = (".json", ""), (".png", "")
+NO_LINE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,19 @@ class OutputConfig:
     """Continue an --output whose captions another model or other settings made."""
     write_sidecar: bool = False
     """Also write the caption of photo.jpg to photo.txt beside it, unless that exists."""
+    write_metadata: bool = False
+    """Also write the caption into the photo's own metadata (XMP dc:description), unless it has a
+    description; pixels stay as they are. Formats other than JPEG, PNG and WebP get photo.tif.xmp
+    beside them."""
+    skip_existing: bool = True
+    """With these two, do not caption images that have their text file or description already,
+    where nothing else is written of them."""
     overwrite: bool = False
-    """Let --write-sidecar replace text files that exist, except write-protected ones."""
+    """Let these two replace text files and descriptions that exist, except write-protected ones."""
+    prefix: str = ""
+    """What they write before the caption, as in --prefix "photo of "."""
+    suffix: str = ""
+    """What they write after it."""
     annotate: Path | None = None
     """Also write a copy of each image with its caption below it into this folder."""
     attention: Path | None = None
@@ -54,6 +67,7 @@ class Job(NamedTuple):
     settings: list[dict[str, Any]]  # for the settings file of --output
     entries: dict[str, dict[str, Any]]  # image -> what --json has to keep
     left_out: int  # folders that can't be read or have no images
+    skipped: int = 0  # images that have what is to be written
 
 
 @dataclass
@@ -63,6 +77,7 @@ class Tally:
     failed: int = 0  # images
     error: Exception | None = None  # of the first of them
     kept: int = 0  # text files that exist and hold another text
+    kept_descriptions: int = 0  # the same in photos
 
     def count_error(self, error: Exception) -> None:
         """Count an image that failed."""
@@ -88,9 +103,16 @@ def plan_job(
         for name in ("json", "attention"):
             if getattr(config, name):
                 raise UserError(f"--{name} is written by one process; start it without torchrun")
-    for flag, needed in (("overwrite", "write_sidecar"), ("mix", "output")):
-        if getattr(config, flag) and not getattr(config, needed):
-            raise UserError(f"--{flag} is about --{needed.replace('_', '-')}, which is not given")
+    if config.mix and not config.output:
+        raise UserError("--mix is about --output, which is not given")
+    for flag in ("overwrite", "prefix", "suffix"):
+        if getattr(config, flag) and not (config.write_sidecar or config.write_metadata):
+            raise UserError(
+                f"--{flag} is about --write-sidecar, which is not given, nor is --write-metadata"
+            )
+    for flag in ("prefix", "suffix"):
+        if NO_LINE.search(getattr(config, flag)):  # a line break would make two captions
+            raise UserError(f"--{flag} {getattr(config, flag)!r} must be one line of text")
     forms = ((config.json, JSON), (config.attention, PAGE), (config.output, ()))
     for path, suffixes in forms:
         files.check_output(path, suffixes, [*inputs, *places])
@@ -103,6 +125,10 @@ def plan_job(
     beside = [sidecars.sidecar(image) for image in images] if config.write_sidecar else []
     if config.write_sidecar:
         sidecars.check_sidecars(images)
+    if config.write_metadata:
+        beside += [f"{image}.xmp" for image in images]
+        sidecars.check_inputs(beside, images)
+        files.check_writable(*images)
     others: list[str | Path | None] = [*images, *beside, *copies.values()]
     for path, _ in forms:
         files.check_output(path, (), others)
@@ -112,7 +138,19 @@ def plan_job(
         format = results.pick_format(config.output, config.format)
     entries = read_entries(config.json) if config.json else {}
     job = Job(images, images, [], copies, format, [dict(settings)], {}, left_out)
-    return continue_job(job, config, settings, entries) if config.output else job
+    if config.output:
+        return continue_job(job, config, settings, entries)
+    return skip_existing(job, config)
+
+
+def skip_existing(job: Job, config: OutputConfig) -> Job:
+    """Return the job without the images that have all that is to be written of them."""
+    is_alone = not (config.format or config.json or config.annotate or config.attention)
+    writes = config.write_sidecar or config.write_metadata
+    if not (writes and is_alone and config.skip_existing) or config.overwrite:
+        return job
+    remaining = [image for image in job.images if is_incomplete(image, job, config)]
+    return job._replace(remaining=remaining, skipped=len(job.images) - len(remaining))
 
 
 def continue_job(
@@ -154,7 +192,9 @@ def is_incomplete(image: str, job: Job, config: OutputConfig) -> bool:
     paths = [job.copies[image]] if job.copies else []
     if config.write_sidecar:
         paths.append(sidecars.sidecar(image))
-    return config.overwrite or not all(Path(path).exists() for path in paths)
+    if config.overwrite or not all(os.path.lexists(path) for path in paths):
+        return True
+    return config.write_metadata and not xmp.has_description(image)
 
 
 def find_images(
@@ -207,6 +247,14 @@ def check_attention(path: Path, images: Sequence[str]) -> None:
 # --- what is written of an image
 
 
+def make_text(caption: Caption, config: OutputConfig) -> str:
+    """Return what a text file or a photo says; UserError if a file has it in no UTF-8."""
+    text = f"{config.prefix}{caption.text}{config.suffix}"
+    if re.search("[\ud800-\udfff]", text):
+        raise UserError(f"the caption {text[:60]!r} is not text in UTF-8; correct it")
+    return text
+
+
 def write_files(
     image: str,
     captions: Sequence[Caption] | Exception,
@@ -214,15 +262,18 @@ def write_files(
     config: OutputConfig,
     tally: Tally,
 ) -> Result:
-    """Write the annotated copy and the sidecar of an image; return its result."""
+    """Write the annotated copy, the sidecar and the description of an image; return its result."""
     error = captions if isinstance(captions, Exception) else None
     captions = () if error else captions
     try:
         if captions and job.copies:
             sidecars.write_annotated(job.copies[image], image, captions[0].text)
         if captions and config.write_sidecar:
-            path, text = sidecars.sidecar(image), captions[0].text
+            path, text = sidecars.sidecar(image), make_text(captions[0], config)
             tally.kept += not sidecars.write_sidecar(path, text, config.overwrite)
+        if captions and config.write_metadata:
+            text = make_text(captions[0], config)
+            tally.kept_descriptions += not xmp.write_description(image, text, config.overwrite)
     except (UserError, OSError) as caught:
         error = caught
     if error:

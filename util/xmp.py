@@ -228,8 +228,8 @@ def description_file(image: str) -> str:
 
 def has_description(image: str) -> bool:
     """Return whether an image has a description; False, too, where that can't be known."""
-    path = description_file(image)
     try:
+        path = description_file(image)
         with open(path, "rb") as file:
             if path != image:
                 packet = file.read(MAX_PACKET + 1)
