@@ -206,7 +206,8 @@ def list_others(entries: Sequence[os.DirEntry], images: Set[str]) -> Iterator[st
     for entry in entries:
         stem, suffix = os.path.splitext(entry.name)
         suffix = suffix.lower()
-        is_known = suffix in EXTENSIONS or (suffix in BESIDE and stem in images)
+        is_beside = stem in images or os.path.splitext(stem)[0] in images  # photo.tif.xmp
+        is_known = suffix in EXTENSIONS or (suffix in BESIDE and is_beside)
         # Not entry.is_file(), which fails for a link to itself.
         if not is_known and not entry.name.startswith(".") and os.path.isfile(entry.path):
             yield suffix
