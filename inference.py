@@ -32,7 +32,8 @@ from model_file import checkpoint_file
 from util import distributed, files, program, results
 from util.distributed import pick_device
 from util.files import UserError
-from util.images import drop_traceback, read_ahead, read_image
+from util.image_sources import as_images, read_source
+from util.images import drop_traceback, read_ahead
 from util.jobs import Job, OutputConfig, Tally, plan_job, write_entries, write_files
 from util.results import Caption, Result
 from util.truncation import set_strict
@@ -132,18 +133,33 @@ class Captioner:
             model = load_models(paths, pick_device(device))
         return cls(model, DecodingConfig(**decoding), precision)
 
-    def caption(self, image: Any, *, n: int = 1, **decoding: Any) -> str | list[str]:
+    def caption(self, image: Any, *, n: int = 1, **decoding: Any) -> str | list:
         """Return the caption of an image, or with `n` > 1 the list of its `n` best.
 
-        `image` is anything that `util.images.read_image` reads; `decoding` are fields of
-        `DecodingConfig`.
+        `image` is a path, an http(s) address, a `data:` URI, bytes, a binary file object, or a
+        PIL image; a numpy array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool,
+        or floats in 0..1; or a torch tensor (3, H, W), (1, H, W) or (H, W) of uint8, or floats in
+        0..1. Colours are in the order red, green, blue, and not normalised. For a list or tuple of
+        images, or a tensor (B, 3, H, W), the list of their captions is returned. `decoding` are
+        fields of `DecodingConfig`. Raises UserError or OSError if an image can't be read.
         """
-        captions = [caption.text for caption in self.candidates(image, n=n, **decoding)]
-        return captions if n > 1 else captions[0]
+        images = as_images(image)
+        captions = [
+            [each.text for each in found] if n > 1 else found[0].text
+            for found in self.caption_many([image] if images is None else images, n=n, **decoding)
+        ]
+        return captions[0] if images is None else captions
 
-    def candidates(self, image: Any, *, n: int = 5, **decoding: Any) -> list[Caption]:
-        """Return the `n` best captions of an image with their log-probabilities."""
-        return next(self.caption_many([image], n=n, **decoding))
+    def candidates(
+        self, image: Any, *, n: int = 5, **decoding: Any
+    ) -> list[Caption] | list[list[Caption]]:
+        """Return the `n` best captions of an image, or of each of a list, with log-probabilities.
+
+        `image` is as in `caption`.
+        """
+        images = as_images(image)
+        found = self.caption_many([image] if images is None else images, n=n, **decoding)
+        return next(found) if images is None else list(found)
 
     def caption_many(
         self,
@@ -157,9 +173,10 @@ class Captioner:
     ) -> Iterator[list[Caption]]:
         """Yield the `n` best captions of each image, in order; images are read as needed.
 
-        `workers` threads read up to two batches ahead. A batch is made smaller if it has many beams
-        or pixels, which changes no caption. An image that can't be read raises UserError or
-        OSError; with `return_exceptions`, the exception is yielded in place of its captions.
+        An image is anything that `caption` takes, but no list. `workers` threads read up to two
+        batches ahead. A batch is made smaller if it has many beams or pixels, which changes no
+        caption. An image that can't be read raises UserError or OSError; with
+        `return_exceptions`, the exception is yielded in place of its captions.
         """
         if batch_size < 1 or workers < 0:
             raise UserError(
@@ -196,7 +213,7 @@ class Captioner:
     def _preprocess(self, image: Any, return_exceptions: bool = False) -> list[Tensor] | Exception:
         """Return the input pixels (3, H, W) of an image for each of the model's encoders."""
         try:
-            image = read_image(image, self.at_least)
+            image = read_source(image, self.at_least)
         except (UserError, OSError) as error:
             if return_exceptions:
                 return drop_traceback(error)
@@ -229,7 +246,7 @@ def caption(
     device: str = "auto",
     **decoding: Any,
 ) -> str | list:
-    """Return a caption of `image`: a path, PIL image, numpy array, bytes or file object.
+    """Return a caption of `image`: a path, an address, a tensor … (see `Captioner.caption`).
 
     With `n` > 1 it is the list of the n best; for a list of images, a list of those. `checkpoint`
     is a model file or the folder of a run (default: the shipped model), or a list of them that
@@ -244,13 +261,7 @@ def caption(
     stats = [path.stat() for path in paths or ()]
     version = tuple((stat.st_mtime_ns, stat.st_size, stat.st_ino) for stat in stats)
     captioner = load_cached(paths, version, str(device))
-    settings = {"n": n, "method": method, "beam_size": beam_size, **decoding}
-    images = list(image) if isinstance(image, (list, tuple)) else [image]
-    captions = [
-        [each.text for each in found] if n > 1 else found[0].text
-        for found in captioner.caption_many(images, **settings)
-    ]
-    return captions if isinstance(image, (list, tuple)) else captions[0]
+    return captioner.caption(image, n=n, method=method, beam_size=beam_size, **decoding)
 
 
 LOADED: OrderedDict[tuple, tuple[tuple, Captioner]] = OrderedDict()  # the last used comes last
@@ -444,7 +455,7 @@ def write_attention(captioner: Captioner, image: Path, path: Path) -> None:
             "single model with the transformer or attention-lstm decoder"
         )
     words, attention = explained.words, explained.attention
-    plots.attention_page(path, read_image(image), words, attention, explained.text)
+    plots.attention_page(path, read_source(image), words, attention, explained.text)
 
 
 if __name__ == "__main__":
