@@ -6,6 +6,7 @@ B images · T words · n captions per image
 import contextlib
 import datetime
 import functools
+import os
 import sys
 import threading
 import zlib
@@ -291,8 +292,8 @@ def load_cached(paths: tuple[Path, ...] | None, version: tuple, device: str) -> 
 class Config:
     """The flags of this script."""
 
-    images: tuple[Path, ...]
-    """Images, or folders of images."""
+    images: tuple[str, ...]
+    """Images, folders of images, http(s) addresses, or - for an image from standard input."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     checkpoint: Path | None = None
     """A model file, or the folder of a run (default: the shipped model)."""
@@ -345,7 +346,7 @@ def main(argv: list[str] | None = None) -> None:
         if outputs.output and distributed.is_main():
             results.merge_parts(outputs.output, job.format, config.n, job.images)
         if outputs.attention and not failed:
-            write_attention(captioner, config.images[0], outputs.attention)
+            write_attention(captioner, job.source(job.images[0]), outputs.attention)
         total = len(job.remaining) + len(job.captioned)
         if failed and total == 1 and not job.format and not job.left_out:
             raise tally.error
@@ -411,12 +412,13 @@ def caption_share(captioner: Captioner, job: Job, config: Config) -> Tally:
                 file = results.part_file(file, distributed.rank())
             write = stack.enter_context(results.open_results(file, job.format, config.n))
         else:
-            with_name = len(job.images) > 1 or config.images[0].is_dir()
+            with_name = len(job.images) > 1 or os.path.isdir(config.images[0])
             write = functools.partial(print_captions, with_name=with_name)
         for image, captions, _ in distributed.split_by_rank(job.captioned):
             write(write_files(image, captions, job, outputs, tally))
+        sources = [job.source(image) for image in images]
         sizes = {"n": config.n, "batch_size": config.batch_size, "workers": config.workers}
-        captions = captioner.caption_many(images, return_exceptions=True, **sizes)
+        captions = captioner.caption_many(sources, return_exceptions=True, **sizes)
         quiet = None if outputs.output else True  # printed lines would break a progress bar
         for image, found in tqdm(
             zip(images, captions, strict=True), total=len(images), unit=" images", disable=quiet
@@ -444,7 +446,7 @@ def print_captions(result: Result, with_name: bool) -> None:
         print(f"{name}{program.printable(each.text)}", flush=True)
 
 
-def write_attention(captioner: Captioner, image: Path, path: Path) -> None:
+def write_attention(captioner: Captioner, image: Any, path: Path) -> None:
     """Write a page of the image's caption with the attention map of each word."""
     from util import plots  # here, as captions alone need no plots
 

@@ -529,7 +529,7 @@ def test_a_large_photo_is_decoded_no_larger_than_the_model_needs(run, tmp_path, 
         sizes.append(image.size)
         return image
 
-    monkeypatch.setattr(inference, "read_image", read)
+    monkeypatch.setattr("util.image_sources.read_image", read)
     captioner = Captioner.load(run, "cpu")
     small = captioner.caption(tmp_path / "large.jpg")
     assert sizes == [(300, 225)]  # a quarter: each side keeps twice the 64 pixels of the model

@@ -1,13 +1,15 @@
 """Images from wherever a caller has them: what `util.images` reads, addresses, tensors."""
 
+import hashlib
 import io
+import sys
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from util.addresses import decode_data_uri, fetch, is_address, is_data_uri, shorten
+from util.addresses import MAX_BYTES, decode_data_uri, fetch, is_address, is_data_uri, shorten
 from util.files import UserError
 from util.images import read_image
 
@@ -35,6 +37,8 @@ def read_source(source: Any, at_least: int | None = None) -> Image.Image:
         source = NamedBytes(decode_data_uri(source), shorten(source))
     elif isinstance(source, Tensor):
         source = to_array(source)
+    elif isinstance(source, NamedBytes):
+        source.seek(0)  # it may have been read before
     return read_image(source, at_least)
 
 
@@ -44,6 +48,36 @@ def fetch_image(url: str) -> NamedBytes:
     if content.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
         raise UserError(f"{shorten(url)} is a web page; give the address of the image in it")
     return NamedBytes(content, shorten(url))
+
+
+def is_named_otherwise(place: Any) -> bool:
+    """Return whether a word of the command line names an image that is no file."""
+    return place == "-" or is_address(place) or is_data_uri(place)
+
+
+def name_source(place: str) -> tuple[str, Any]:
+    """Return the name of an image that is no file, for tables, and what it is read from.
+
+    Standard input ("-") is read now. Its name and that of a `data:` URI tell their content, so
+    that a file of captions is continued with the right ones.
+    """
+    if place != "-":
+        return shorten(place), place
+    content = read_stdin()
+    name = f"- (sha256 {hashlib.sha256(content).hexdigest()[:12]})"
+    return name, NamedBytes(content, "the image from standard input")
+
+
+def read_stdin() -> bytes:
+    """Return the image in standard input; UserError if there is none, or too much."""
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UserError("- reads an image from standard input: python inference.py - < photo.jpg")
+    content = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if not content:
+        raise UserError("standard input is empty; pipe an image into it")
+    if len(content) > MAX_BYTES:
+        raise UserError(f"standard input has more than {MAX_BYTES / 1e6:.4g} MB")
+    return content
 
 
 def as_images(image: Any) -> list[Any] | None:

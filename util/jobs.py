@@ -3,10 +3,11 @@
 Everything that can't be done is refused here, before a model is loaded or a file is touched.
 """
 
+import glob
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from util import distributed, files, program, results, sidecars, xmp
 from util.files import UserError
+from util.image_sources import is_named_otherwise, name_source
 from util.images import count_others, drop_traceback, walk_images
 from util.results import Caption, Result
 
@@ -66,8 +68,15 @@ class Job(NamedTuple):
     format: str | None  # one of `results.FORMATS`; None: plain lines
     settings: list[dict[str, Any]]  # for the settings file of --output
     entries: dict[str, dict[str, Any]]  # image -> what --json has to keep
-    left_out: int  # folders that can't be read or have no images
+    left_out: int  # folders and patterns that can't be read or have no images
+    sources: dict[str, Any]  # image -> what to read it from, if it is no file
     skipped: int = 0  # images that have what is to be written
+
+    def source(self, image: str) -> Any:
+        """Return what `read_source` reads an image from."""
+        if image in self.sources:
+            return self.sources[image]
+        return Path(image) if is_named_otherwise(image) else image  # a file called data:photo.jpg
 
 
 @dataclass
@@ -85,7 +94,7 @@ class Tally:
 
 
 def plan_job(
-    places: Sequence[Path],
+    places: Sequence[str | Path],
     config: OutputConfig,
     settings: Mapping[str, Any],
     *,
@@ -113,15 +122,22 @@ def plan_job(
     for flag in ("prefix", "suffix"):
         if NO_LINE.search(getattr(config, flag)):  # a line break would make two captions
             raise UserError(f"--{flag} {getattr(config, flag)!r} must be one line of text")
+    paths = [place for place in places if not is_named_otherwise(place)]
     forms = ((config.json, JSON), (config.attention, PAGE), (config.output, ()))
     for path, suffixes in forms:
-        files.check_output(path, suffixes, [*inputs, *places])
-    images, left_out = find_images(places, config.annotate, recursive=recursive)
+        files.check_output(path, suffixes, [*inputs, *paths])
+    images, left_out, sources = find_images(places, config.annotate, recursive=recursive)
+    for name in ("write_sidecar", "write_metadata", "annotate"):
+        if sources and getattr(config, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} is for image files, and {next(iter(sources))} is none;"
+                " save the image first, or use --output"
+            )
     if config.attention:
         check_attention(config.attention, images)
     copies = {}
     if config.annotate:
-        copies = sidecars.plan_annotated(config.annotate, places, images)
+        copies = sidecars.plan_annotated(config.annotate, [*map(Path, paths)], images)
     beside = [sidecars.sidecar(image) for image in images] if config.write_sidecar else []
     if config.write_sidecar:
         sidecars.check_sidecars(images)
@@ -129,7 +145,8 @@ def plan_job(
         beside += [f"{image}.xmp" for image in images]
         sidecars.check_inputs(beside, images)
         files.check_writable(*images)
-    others: list[str | Path | None] = [*images, *beside, *copies.values()]
+    others: list[str | Path | None] = [*beside, *copies.values()]
+    others += [image for image in images if image not in sources]
     for path, _ in forms:
         files.check_output(path, (), others)
         others.append(path)
@@ -137,7 +154,7 @@ def plan_job(
     if config.output or config.format:
         format = results.pick_format(config.output, config.format)
     entries = read_entries(config.json) if config.json else {}
-    job = Job(images, images, [], copies, format, [dict(settings)], {}, left_out)
+    job = Job(images, images, [], copies, format, [dict(settings)], {}, left_out, sources)
     if config.output:
         return continue_job(job, config, settings, entries)
     return skip_existing(job, config)
@@ -198,23 +215,39 @@ def is_incomplete(image: str, job: Job, config: OutputConfig) -> bool:
 
 
 def find_images(
-    places: Sequence[Path], annotated: Path | None = None, *, recursive: bool = True
-) -> tuple[list[str], int]:
-    """Return the images at `places`, folders replaced by their images, except those `annotated`.
+    places: Sequence[str | Path], annotated: Path | None = None, *, recursive: bool = True
+) -> tuple[list[str], int, dict[str, Any]]:
+    """Return the images at `places`, folders and patterns replaced by their images.
 
-    Also returns how many folders can't be read or have no images; each is printed. Raises UserError
-    if no place is given, or there are no images at all.
+    Those `annotated` are left out. Also returns how many folders can't be read or have no images
+    and how many patterns match nothing; each is printed. The last is what the images that are no
+    files are read from: addresses, `data:` URIs, standard input. Raises UserError if no place is
+    given, or there are no images at all.
     """
     if not places:
         raise UserError("no image was given; name files or folders: python inference.py IMAGE")
     images: list[str] = []
     problems: list[str] = []
+    sources: dict[str, Any] = {}
     others: Counter[str] = Counter()
 
     def note(error: OSError) -> None:
         problems.append(f"the folder {error.filename} can't be read ({error.strerror})")
 
-    for place in places:
+    waiting = deque(places)
+    while waiting:
+        place = waiting.popleft()
+        if is_named_otherwise(place):
+            name, source = name_source(place)
+            sources[name] = source
+            images.append(name)
+            continue
+        place = Path(place)
+        if is_pattern(place):
+            matches = sorted(glob.glob(str(place), recursive=True))
+            waiting.extendleft(map(Path, reversed(matches)))
+            problems += [] if matches else [f"no file matches {place}"]
+            continue
         if not os.path.isdir(place):
             images.append(str(place))
             continue
@@ -231,7 +264,12 @@ def find_images(
         raise UserError("; ".join(problems))
     for problem in problems + [count_others(others)] * bool(others):
         print(f"left out: {program.one_line(problem)}", file=sys.stderr)
-    return images, len(problems)
+    return images, len(problems), sources
+
+
+def is_pattern(place: Path) -> bool:
+    """Return whether a path is a pattern that the shell left alone (Windows' do), and no file."""
+    return any(char in str(place) for char in "*?[") and not os.path.lexists(place)
 
 
 def check_attention(path: Path, images: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from util import files, program
+from util.addresses import is_address
 from util.files import UserError
 from util.images import EXTENSIONS
 from util.scripts import list_words
@@ -125,7 +126,9 @@ def format_line(format: str, result: Result, n: int, folder: Path) -> str:
     if not texts:
         return f'<figure data-image="{name}"><p>{html.escape(error)}</p></figure>\n'
     best, *others = map(html.escape, texts)
-    address = html.escape(quote(os.path.relpath(result.image, folder)))
+    is_link = is_address(result.image)
+    address = result.image if is_link else quote(os.path.relpath(result.image, folder))
+    address = html.escape(address)
     more = "".join(f"<small>{each}</small>" for each in others)
     return (
         f'<figure data-image="{name}"><img loading="lazy" src="{address}" alt="{best}">'
