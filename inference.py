@@ -6,6 +6,7 @@ B images · T words · n captions per image
 import contextlib
 import datetime
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -24,7 +25,6 @@ from util import threads
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from decoding import Decoded, DecodingConfig, decode, to_captions
 from encoder import PRECISIONS, Encoder, image_transform, pick_dtype, prepare_encoder
@@ -36,6 +36,7 @@ from util.files import UserError
 from util.image_sources import as_images, read_source
 from util.images import drop_traceback, read_ahead
 from util.jobs import Job, OutputConfig, Tally, plan_job, write_entries, write_files
+from util.progress import in_notebook, log_progress, progress_bar
 from util.results import Caption, Result
 from util.truncation import set_strict
 
@@ -419,22 +420,45 @@ def caption_share(captioner: Captioner, job: Job, config: Config) -> Tally:
         sources = [job.source(image) for image in images]
         sizes = {"n": config.n, "batch_size": config.batch_size, "workers": config.workers}
         captions = captioner.caption_many(sources, return_exceptions=True, **sizes)
-        quiet = None if outputs.output else True  # printed lines would break a progress bar
-        for image, found in tqdm(
-            zip(images, captions, strict=True), total=len(images), unit=" images", disable=quiet
-        ):
-            result = write_files(image, found, job, outputs, tally)
-            try:
-                write(result)
-            except UserError as bad_name:
-                print(f"left out: {program.one_line(str(bad_name))}", file=sys.stderr)
-                if not result.error:
-                    tally.count_error(bad_name)
-            if outputs.json and result.captions:
-                written.append(result)
+        found_of = zip(images, captions, strict=True)
+        with tell_how_far(len(images), outputs) as count:
+            for image, found in show_progress(found_of, len(images), outputs):
+                result = write_files(image, found, job, outputs, tally)
+                try:
+                    write(result)
+                except UserError as bad_name:
+                    print(f"left out: {program.one_line(str(bad_name))}", file=sys.stderr)
+                    if not result.error:
+                        tally.count_error(bad_name)
+                if outputs.json and result.captions:
+                    written.append(result)
+                count()
     if outputs.json:
         write_entries(outputs.json, job, written)
     return tally
+
+
+def show_progress(items: Iterable[Any], total: int, outputs: OutputConfig) -> Iterable[Any]:
+    """Return the items; of these a terminal shows a bar, and a log file has a line a minute."""
+    if sys.stderr.isatty() or in_notebook():
+        # Printed lines would break a progress bar.
+        return progress_bar(items, total=total, unit=" images", disable=not outputs.output)
+    return log_progress(items, total) if distributed.is_main() else items
+
+
+@contextlib.contextmanager
+def tell_how_far(total: int, outputs: OutputConfig) -> Iterator[Callable[[], None]]:
+    """Yield a function that counts an image; when the block is interrupted, print how many were."""
+    done = itertools.count()
+    try:
+        yield lambda: next(done)
+    except KeyboardInterrupt:
+        if total > 1 and distributed.is_main():
+            message = f"{next(done)} of {total} images are captioned"
+            if outputs.output:
+                message += f" and in {outputs.output}; the same command goes on with the others"
+            print(program.printable(message), file=sys.stderr)
+        raise
 
 
 def print_captions(result: Result, with_name: bool) -> None:

@@ -102,3 +102,22 @@ def test_a_file_called_like_a_data_uri(photos, script):
     (photos / "0.png").rename(photos / "data:,0.png")
     code, out, _ = script(".")
     assert (code, out.splitlines()[-1].split("\t")[0]) == (0, "data:,0.png")
+
+
+def test_ctrl_c_says_how_far_it_is(photos, script, run, capsys, monkeypatch):
+    original = inference.write_files
+
+    def stop_at_the_last(image, *args):
+        if image == "2.png":
+            raise KeyboardInterrupt
+        return original(image, *args)
+
+    monkeypatch.setattr(inference, "write_files", stop_at_the_last)
+    flags = [".", "--output", "out.csv", "--checkpoint", str(run)]
+    with pytest.raises(KeyboardInterrupt):
+        inference.main(flags)
+    said = "2 of 3 images are captioned and in out.csv; the same command goes on with the others"
+    assert said in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(photos)
+    assert "has captions of 2 of 3 images already" in script(".", "--output", "out.csv")[2]

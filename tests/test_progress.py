@@ -45,3 +45,14 @@ def test_the_time_left_is_that_of_the_steps_so_far(monkeypatch):
     clock.count_step()
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock.started + 3)
     assert clock.estimate(100) == "02:30" and clock.estimate(2500) == "1:02:30"
+
+
+def test_a_log_has_a_line_a_minute(monkeypatch, capsys):
+    clock = iter(range(0, 10_000, 25))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    assert list(progress.log_progress("abcdefgh", 8)) == list("abcdefgh")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "2 of 8 images, 0.0267 images/s, 03:44 left",
+        "5 of 8 images, 0.0333 images/s, 01:30 left",
+    ]

@@ -3,7 +3,7 @@
 import sys
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -28,6 +28,23 @@ def in_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return shell is not None and "IPKernelApp" in shell.config
+
+
+def log_progress(
+    items: Iterable[Any], total: int, unit: str = "images", seconds: float = 60.0
+) -> Iterator[Any]:
+    """Yield the items, and print a line to stderr every `seconds`: how many are done, time left.
+
+    For log files, where a bar would be a line of many thousand characters.
+    """
+    started = printed = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - printed >= seconds:
+            rate, printed = done / (now - started), now
+            left = tqdm.format_interval((total - done) / rate)
+            print(f"{done} of {total} {unit}, {rate:.3g} {unit}/s, {left} left", file=sys.stderr)
+        yield item
 
 
 class TimeLeft:
