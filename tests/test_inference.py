@@ -447,7 +447,7 @@ def test_ctrl_c_leaves_no_json(run, photos, tmp_path, monkeypatch, script):
 
     monkeypatch.setattr(Captioner, "caption_many", interrupted)
     code, out, err = script(photos, "--checkpoint", run, "--json", tmp_path / "out.json")
-    assert (code, err) == (130, "interrupted\n")
+    assert (code, err) == (130, "1 of 20 images are captioned\ninterrupted\n")
     assert out == f"{photos / '00.png'}\ta dog\n"
     assert list(tmp_path.iterdir()) == []
 
