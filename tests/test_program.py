@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import json
 import logging
 import os
@@ -44,6 +45,10 @@ class Flags:
     """What shape it has."""
     place: Path | None = None
     """Where it is put."""
+    form: Literal["csv", "html"] | None = None
+    """How it is written (default: by its name)."""
+    limit: int | None = None
+    """How many."""
 
 
 def parse(*argv, **how):
@@ -59,7 +64,14 @@ def test_flags_fill_the_dataclass_over_the_defaults_given():
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--siez", "4"], r"Unrecognized options: --siez.* --size"),
+        (
+            ["--siez", "4"],
+            r"Unrecognized option: --siez; did you mean --size\? `python test.py --help`",
+        ),
+        (["--siez=4"], r"Unrecognized option: --siez; did you mean --size\? `python test.py"),
+        (["--from", "csv"], r"--from; did you mean --form\? [^-]*--help` lists all$"),
+        (["--form", "pdf"], r"error: invalid choice 'pdf' for --form; choose from 'csv', 'html'$"),
+        (["--limit", "big"], r"error: Error parsing --limit: 'big' is no int$"),
         (["--kind", "oval"], r"'oval'.*'round', 'square'"),
         (["--size", "big"], r"--size.*'big'"),
         (["--size", "-1"], r"error: size -1 must be at least 0"),
@@ -90,6 +102,27 @@ def test_help_goes_to_stdout_and_exits_with_0(capsys):
     out, err = capsys.readouterr()
     assert (stop.value.code, err) == (0, "")
     assert "--size" in out and "How large it is." in out and "Test flags." in out
+
+
+def test_help_shows_an_optional_flag_without_none(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        parse("--help", default=Flags(limit=4))
+    out, _ = capsys.readouterr()
+    assert "None" not in out and out.count("default: by its name") == 1
+    assert "--place PATH" in out and "--form {csv,html}" in out and "--limit INT" in out
+    assert "(default: 4)" in out and "(default: round)" in out
+
+
+@pytest.mark.parametrize(
+    "name", ["train", "evaluate", "inference", "export", "features", "download_data", "app"]
+)
+def test_no_script_shows_none_in_its_help(name, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main(["--help"])
+    words = capsys.readouterr().out.replace("│", " ").split()
+    assert "{None" not in " ".join(words)
+    assert "(default: None)" not in " ".join(words)
 
 
 # --- running

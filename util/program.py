@@ -1,6 +1,8 @@
 """Command-line flags, exit codes, and messages that are one line and safe on a terminal."""
 
 import contextlib
+import dataclasses
+import difflib
 import io
 import logging
 import os
@@ -10,8 +12,9 @@ import sys
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from util.files import UserError
 
@@ -37,7 +40,7 @@ def parse(
     stderr = io.StringIO()
     values = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stderr(stderr), short_help() as kinds:
             return tyro.cli(
                 config,
                 args=argv,
@@ -48,8 +51,88 @@ def parse(
             )
     except SystemExit as stop:
         if stop.code:
-            raise SystemExit(print_error(strip_frame(stderr.getvalue()))) from None
+            message = rewrite_error(strip_frame(stderr.getvalue()), program, kinds)
+            raise SystemExit(print_error(message)) from None
         raise
+
+
+@contextlib.contextmanager
+def short_help() -> Iterator[dict[str, Any]]:
+    """In the block, tyro's --help shows `X | None` as X, and no default of None.
+
+    Yields the flags with their types, which are known when tyro has read the dataclass.
+    """
+    import tyro
+
+    registry, busy, kinds = tyro.constructors.ConstructorRegistry(), [], {}
+
+    @registry.struct_rule
+    def rule(info: Any) -> Any:
+        if busy or not dataclasses.is_dataclass(info.type):
+            return None  # tyro's own rule takes it
+        busy.append(info)
+        try:
+            spec = registry.get_struct_spec(info)
+        finally:
+            busy.pop()
+        kinds.update((f"--{field.name.replace('_', '-')}", field.type) for field in spec.fields)
+        fields = tuple(shorten_field(field) for field in spec.fields)
+        return dataclasses.replace(spec, fields=fields)
+
+    with registry:
+        yield kinds
+
+
+def shorten_field(field: Any) -> Any:
+    """Return tyro's description of a flag without the None of its type and its default."""
+    import tyro
+
+    kind, optional = drop_none(field.type)
+    if not optional:
+        return field
+    choices = list_choices(kind)
+    metavar = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+
+    def hint(default: str) -> str:
+        return "" if default == "None" else f"(default: {default})"
+
+    about = tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
+    return dataclasses.replace(field, type=Annotated[field.type, about])
+
+
+def drop_none(kind: Any) -> tuple[Any, bool]:
+    """Return X and True for the type `X | None`, any other type as it is and False."""
+    kinds = [each for each in get_args(kind) if each is not NoneType]
+    optional = len(kinds) == 1 and NoneType in get_args(kind)
+    return (kinds[0], True) if optional else (kind, False)
+
+
+def list_choices(kind: Any) -> list[str]:
+    """Return the values that a Literal or an optional one has, none for other types."""
+    kind, _ = drop_none(kind)
+    return [str(each) for each in get_args(kind)] if get_origin(kind) is Literal else []
+
+
+def rewrite_error(message: str, program: str, kinds: dict[str, Any]) -> str:
+    """Return tyro's message without usages: the most similar flag, or the choices of a flag.
+
+    `kinds` has the type of each flag.
+    """
+    if found := re.match(r"Unrecognized (?:or misplaced )?options:? (\S+?)(?:[ ,;=]|$)", message):
+        typed = found[1]
+        like = difflib.get_close_matches(typed.replace("_", "-"), kinds, 1)
+        advice = f"did you mean {like[0]}? " if like and typed.startswith("-") else ""
+        return f"Unrecognized option: {typed}; {advice}`python {program} --help` lists all"
+    message = re.sub(r"; (Argument helptext|For full helptext).*", "", message)
+    if found := re.match(r"(invalid choice .*) for argument '(--[\w-]+)'", message):
+        choices = list_choices(kinds.get(found[2]))
+        if choices:
+            return f"{found[1]} for {found[2]}; choose from {', '.join(map(repr, choices))}"
+    # `X | None`: tyro says why the value is neither.
+    if found := re.match(r"Error parsing (\S+): no type matching .* from \[(.*?)\]", message):
+        name = getattr(drop_none(kinds.get(found[1]))[0], "__name__", "value")
+        return f"Error parsing {found[1]}: {found[2]} is no {name}"
+    return message
 
 
 def strip_frame(text: str) -> str:
