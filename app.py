@@ -274,7 +274,7 @@ class Config:
     ensemble: tuple[Path, ...] = ()
     """Several checkpoints that decode together by the mean of their probabilities."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda (or gpu), cuda:1, mps."""
     host: str = "127.0.0.1"
     """Address to listen at: 127.0.0.1 is for this machine only, 0.0.0.0 for all that reach it."""
     port: int = 8000

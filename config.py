@@ -170,7 +170,7 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in --output (or runs/DATASET) where it stopped, with its flags."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda (or gpu), cuda:1, mps."""
     threads: int | None = None
     """CPU threads to compute with (default: one for each CPU that this process may use)."""
     amp: bool = True

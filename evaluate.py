@@ -334,7 +334,7 @@ class Config:
     workers: int = field(default_factory=threads.default_workers)
     """Processes that read images."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda (or gpu), cuda:1, mps."""
     precision: Literal[PRECISIONS] = "auto"
     """What the CNN computes in. auto: bfloat16 where the processor multiplies it, else float32."""
     threads: int | None = None

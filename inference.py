@@ -313,7 +313,7 @@ class Config:
     workers: int = field(default_factory=threads.default_workers)
     """Threads that read images ahead."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """auto, cpu, cuda (or gpu), cuda:1, mps."""
     threads: int | None = None
     """CPU threads to compute with (default: one for each CPU that this process may use)."""
     precision: Literal[PRECISIONS] = "auto"

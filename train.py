@@ -349,6 +349,7 @@ def main(argv: list[str] | None = None) -> None:
         config = distributed.on_main(lambda: configure(argv))
         threads.set_up_process(config.train.threads)
         set_strict(config.data.strict)
+        distributed.pick_device(config.train.device)  # a wrong one ends here, before any file
         train(config)
 
 

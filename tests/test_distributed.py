@@ -2,12 +2,15 @@
 
 import json
 import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.tiny import SLOW_TO_LOOK, torchrun
 
 from util import distributed
+from util.files import UserError
 
 JOB = """
 import json, os, signal, sys, time
@@ -104,3 +107,36 @@ def test_an_error_that_is_not_of_the_connection_stays_what_it_is():
     assert distributed.as_lost(RuntimeError("shapes differ")) is None
     assert distributed.as_lost(ValueError("gloo")) is None
     assert isinstance(distributed.as_lost(RuntimeError("[gloo] closed")), ConnectionError)
+
+
+@pytest.mark.parametrize(
+    ("name", "cuda", "mps", "chosen"),
+    [
+        ("gpu", True, False, "cuda"),
+        ("GPU:1", True, False, "cuda:1"),
+        ("gpu", False, True, "mps"),
+        ("gpu", False, False, "device 'gpu' can't be used"),
+        ("banana", True, True, "'banana' can't be used (there is no such device); choose from"),
+    ],
+)
+def test_gpu_is_understood_and_a_wrong_device_is_one_short_line(
+    name, cuda, mps, chosen, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    empty = torch.empty
+
+    def pretend(size, device):  # this machine may lack the device
+        there = {"cuda": cuda, "mps": mps}.get(str(device).partition(":")[0])
+        if there is None:
+            return empty(size, device=device)
+        if not there:
+            raise RuntimeError("no driver")
+        return types.SimpleNamespace(device=torch.device(device))
+
+    monkeypatch.setattr(torch, "empty", pretend)
+    try:
+        said = str(distributed.pick_device(name))
+    except UserError as error:
+        said = str(error)
+    assert said == chosen or (" " in chosen and chosen in said and len(said) < 120)

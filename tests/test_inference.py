@@ -313,7 +313,7 @@ def test_with_no_checkpoint_named_the_shipped_model_is_used_and_said(run, monkey
         ({"method": "greedy", "n": 2}, "the greedy method has one caption per image"),
         ({"n": 0}, "n 0 must be at least 1"),
         ({"method": "sample", "n": -1}, "n -1 must be at least 1"),
-        ({"device": "gpu"}, "device 'gpu' can't be used"),
+        ({"device": "banana"}, "device 'banana' can't be used"),
         ({"device": "cuda:99"}, "device 'cuda:99' can't be used"),
     ],
 )
@@ -424,7 +424,7 @@ def test_a_bad_photo_alone_is_one_line_and_writes_nothing(run, tmp_path, script)
         (("photo.png", "photo.png", "--n", "2", "--method", "greedy"), "the greedy method has one"),
         (("photo.png", "photo.png", "--max-words", "99"), "max words 99 must be between 1 and"),
         (("photo.png", "--beam-size", "0"), "beam size 0 must be at least 1"),
-        (("photo.png", "--device", "gpu"), "device 'gpu' can't be used"),
+        (("photo.png", "--device", "banana"), "device 'banana' can't be used"),
         (("photo.png", "--method", "bream"), "'bream'"),
         (("photo.png", "--beem-size", "3"), "--beem-size"),
     ],

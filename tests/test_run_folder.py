@@ -431,3 +431,37 @@ def test_losses_are_looked_at_together_not_one_by_one(run, monkeypatch):
     monkeypatch.setattr(trainer.Trainer, "check_finite", counted)
     train.main(["--resume", "--output", str(run), "--epochs", "3"])
     assert looks == [6, 0]  # at the end of the epoch, and before its state is saved
+
+
+# --- mistakes that are found after the folder was made
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ["--device", "banana"],
+        ["--device", "cuda:99"],
+        ["--cnn-backbone", "resnet18", "--cnn-weights", "none.pth"],
+        ["--init-from", "none.safetensors"],
+        ["--dataset", "flickr8k", "--data-dir", "none"],
+        ["--dataset", "csv", "--data-dir", "none"],
+        ["--also", "coco:none"],
+    ],
+)
+def test_a_mistake_leaves_no_run_folder(mistake, drawn, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    error_of(*SMALL, "--data-dir", drawn, *mistake, capsys=capsys)
+    error_of(*SMALL, "--data-dir", drawn, *mistake, "--output", "a/b", capsys=capsys)
+    assert not Path("a").exists() and not Path("runs").exists()
+
+
+@pytest.mark.parametrize("before", [{}, {"notes.txt": b"mine"}, {"config.json": None}])
+def test_a_mistake_leaves_a_folder_as_it_was(before, whole, drawn, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name, content in before.items():
+        (folder / name).write_bytes(content or (whole / name).read_bytes())
+    before = contents(folder)
+    mistake = ["--cnn-backbone", "resnet18", "--cnn-weights", "none.pth", "--output", folder]
+    error_of(*SMALL, "--data-dir", drawn, *mistake, capsys=capsys)
+    assert folder.is_dir() and contents(folder) == before

@@ -32,13 +32,15 @@ def run_folder(output: Path | None, dataset: str, *, resume: bool) -> Iterator[P
     """Lock the folder of a run, `output` or runs/DATASET with a free number, and yield it.
 
     Raises UserError where another run works in it, or where a new run would overwrite one; OSError
-    where it can't be written to. A folder that stays empty is removed.
+    where it can't be written to. After an error before the first state, such as a missing dataset,
+    the folder is as it was before; if this has created it, it is removed.
     """
     if not distributed.is_main():
         yield distributed.broadcast(None)
         return
     folder = output or _free_folder(dataset)
     files.check_writable(folder / "config.json")
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     lock, busy = folder / ".lock", f"another run is at work in {folder}; name another --output"
     advice = "go on from what was saved with --resume --output and the folder's new name"
     with files.lock(lock, LOCK_TIMEOUT, busy), files.hold_folder(folder, advice):
@@ -47,13 +49,36 @@ def run_folder(output: Path | None, dataset: str, *, resume: bool) -> Iterator[P
                 check_free(folder)
             for name in LARGE:
                 files.remove_leftovers(folder / name)
-            yield distributed.broadcast(folder)
+            with contextlib.nullcontext() if resume else restoring_config(folder):
+                yield distributed.broadcast(folder)
         finally:
             with contextlib.suppress(OSError, UserError):  # Windows keeps a file that is open
                 files.check_held(lock)  # another run may have taken its place
                 if not lock.stat().st_size:  # a stranger's has content
                     lock.unlink()
-                folder.rmdir()
+                for path in created:
+                    path.rmdir()  # fails where anything is in it
+
+
+@contextlib.contextmanager
+def restoring_config(folder: Path) -> Iterator[None]:
+    """After an error in the block, put the folder's config.json back where nothing else is there.
+
+    A run that is interrupted keeps it, so that --resume can go on.
+    """
+    config = folder / "config.json"
+    before = config.read_bytes() if config.exists() else None
+    try:
+        yield
+    except Exception:
+        if not any(os.path.lexists(folder / name) for name in (*RUN_FILES, *RESULTS)):
+            with contextlib.suppress(OSError, UserError):
+                files.check_held(config)  # another folder may have taken its place
+                if before is None:
+                    config.unlink(missing_ok=True)
+                else:
+                    files.write_bytes(config, before)
+        raise
 
 
 def check_free(folder: Path) -> None:

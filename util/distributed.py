@@ -198,8 +198,13 @@ def pick_device(device: torch.device | str) -> torch.device:
     """Return the torch device of that name; "auto" is a GPU where there is one, else the CPU.
 
     Each process of a machine has a GPU of its own, unless `device` gives a number. Raises UserError
-    for a name that torch does not know, and for a device that is not there.
+    for a name that torch does not know, and for a device that is not there. "gpu" is "cuda", or
+    "mps" on a Mac.
     """
+    named, name = str(device), str(device).strip().lower()
+    if name.partition(":")[0] == "gpu":
+        mac = torch.backends.mps.is_available() and not torch.cuda.is_available()
+        device = name.replace("gpu", "mps" if mac else "cuda", 1)
     if str(device) in ("auto", "cuda") and torch.cuda.is_available():
         return own_gpu()
     if str(device) == "auto":
@@ -211,9 +216,10 @@ def pick_device(device: torch.device | str) -> torch.device:
         return found
     except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
+        if "Expected one of" in reason or "Invalid device string" in reason:
+            reason = "there is no such device"  # torch lists twenty kinds that nobody has
         raise UserError(
-            f"device {str(device)!r} can't be used ({reason}); choose from auto, cpu, cuda, "
-            "cuda:1, mps"
+            f"device {named!r} can't be used ({reason}); choose from auto, cpu, cuda, cuda:1, mps"
         ) from error
 
 
