@@ -115,7 +115,8 @@ def test_help_shows_an_optional_flag_without_none(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["train", "evaluate", "inference", "export", "features", "download_data", "app"]
+    "name",
+    ["train", "evaluate", "inference", "export", "features", "download_data", "app", "compare"],
 )
 def test_no_script_shows_none_in_its_help(name, capsys):
     with pytest.raises(SystemExit):
