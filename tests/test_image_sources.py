@@ -37,7 +37,7 @@ def to_tensor(image):
 def test_addresses_and_data_uris_are_read(image, png, monkeypatch):
     fetched = []
     monkeypatch.setattr(
-        image_sources, "fetch", lambda url, private: fetched.append((url, private)) or png
+        image_sources, "fetch", lambda url, *_, **how: fetched.append((url, how["private"])) or png
     )
     assert (pixels("https://host/photo") == np.asarray(image)).all()
     assert fetched == [("https://host/photo", True)]
@@ -47,7 +47,7 @@ def test_addresses_and_data_uris_are_read(image, png, monkeypatch):
 
 def test_what_is_no_image_is_named(monkeypatch):
     pages = iter([b"\n<!DOCTYPE html><html>", b"text"])
-    monkeypatch.setattr(image_sources, "fetch", lambda url, private: next(pages))
+    monkeypatch.setattr(image_sources, "fetch", lambda *_, **__: next(pages))
     with pytest.raises(UserError, match="https://host/page is a web page; give the address of"):
         read_source("https://host/page")
     with pytest.raises(UserError, match="https://host/text is not an image that can be read"):

@@ -34,7 +34,7 @@ def pipe(monkeypatch, content):
 def test_all_ways_have_the_captions_of_the_files(photos, script, captioner, monkeypatch):
     contents = [(photos / f"{number}.png").read_bytes() for number in range(3)]
     expected = [captioner.caption(content) for content in contents]
-    monkeypatch.setattr(image_sources, "fetch", lambda url, private: contents[0])
+    monkeypatch.setattr(image_sources, "fetch", lambda *_, **__: contents[0])
     uri = "data:image/png;base64," + base64.b64encode(contents[1]).decode()
     url = "https://me:secret@host/a//b.png?x=1"
     pipe(monkeypatch, contents[2])
@@ -57,9 +57,7 @@ def test_all_ways_have_the_captions_of_the_files(photos, script, captioner, monk
 
 
 def test_a_gallery_links_to_an_address(photos, script, monkeypatch):
-    monkeypatch.setattr(
-        image_sources, "fetch", lambda url, private: (photos / "0.png").read_bytes()
-    )
+    monkeypatch.setattr(image_sources, "fetch", lambda *_, **__: (photos / "0.png").read_bytes())
     assert script("https://host/a.png?x=1&y", "--output", "out.html")[0] == 0
     assert 'src="https://host/a.png?x=1&amp;y"' in (photos / "out.html").read_text()
 

@@ -99,7 +99,7 @@ def test_captions_without_attention_are_those_with_it(client, wanted):
     [
         ({"json": {"image": "photo.jpg"}}, "image is neither base64 nor a data: URI"),
         ({"json": {"image": "ä"}}, "image is neither base64 nor a data: URI"),
-        ({"json": {"image": "data:image/png;base64"}}, "image is a data: URI without a comma"),
+        ({"json": {"image": "data:image/png;base64"}}, "a data: URI has the form"),
         ({"json": {"image": LINK}}, "image is an address; send it as url"),
         ({"json": {"image": 7}}, "image must be the photo's file as text: base64, or a data: URI"),
         ({"json": {"image": [BASE64]}}, "image must be the photo's file as text"),

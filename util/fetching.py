@@ -26,6 +26,7 @@ CHUNK = 2**16
 PORTS = {"http": 80, "https": 443}
 AGENT = "image-captioning (https://github.com/OWNER/image-captioning)"
 NAT64 = ipaddress.ip_network("64:ff9b::/96")  # holds an IPv4 address
+WIRE_SERVER = ipaddress.ip_address("168.63.129.16")  # a public address, but Azure's own services
 SAFE = "/%:@!$&'()*+,;=~-._?"  # not quoted again in paths and queries
 
 
@@ -226,7 +227,8 @@ def is_public(text: str) -> bool:
             address = inner
         elif address.is_site_local:
             return False
-    return address.is_global and not address.is_multicast and not address.is_reserved
+    is_special = address.is_multicast or address.is_reserved or address == WIRE_SERVER
+    return address.is_global and not is_special
 
 
 def read(response: http.client.HTTPResponse, max_bytes: int) -> bytes:

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from util.addresses import MAX_BYTES, decode_data_uri, fetch, is_address, is_data_uri, shorten
+from util.addresses import MAX_BYTES, decode_data_uri, is_address, is_data_uri, shorten
+from util.fetching import fetch
 from util.files import UserError
 from util.images import read_image
 
+MAX_SECONDS = 60.0  # to fetch an image
 TENSORS = "expected shape (3, H, W), (1, H, W) or (H, W) and uint8, or floats in 0..1"
 
 
@@ -44,7 +46,7 @@ def read_source(source: Any, at_least: int | None = None) -> Image.Image:
 
 def fetch_image(url: str) -> NamedBytes:
     """Return the content of an address that the user names; UserError if it is a web page."""
-    content = fetch(url, private=True)
+    content = fetch(url, MAX_BYTES, max_seconds=MAX_SECONDS, private=True)
     if content.lstrip()[:14].lower().startswith((b"<!doctype html", b"<html")):
         raise UserError(f"{shorten(url)} is a web page; give the address of the image in it")
     return NamedBytes(content, shorten(url))

@@ -10,8 +10,8 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
-from urllib.parse import unquote_to_bytes
 
+from util.addresses import decode_data_uri, is_data_uri
 from util.files import UserError
 from util.origins import RefusedError
 
@@ -108,7 +108,7 @@ def to_link(value: Any) -> Upload:
     if not isinstance(value, str) or not value.strip():
         raise UserError("url must be the address of one photo, as https://example.org/photo.jpg")
     url = value.strip()
-    if url[:5].lower() == "data:":
+    if is_data_uri(url):
         return Upload(decode_image(url))
     return Upload(url=url, name=file_name(url.partition("?")[0].partition("#")[0].rstrip("/")))
 
@@ -120,13 +120,8 @@ def decode_image(value: Any) -> bytes:
     text = value.lstrip()
     if text[:8].lower().startswith(("http://", "https://")):
         raise UserError("image is an address; send it as url")
-    if text[:5].lower() == "data:":
-        head, comma, text = text.partition(",")
-        if not comma:
-            raise UserError("image is a data: URI without a comma, after which the file begins")
-        if not head.lower().rstrip().endswith(";base64"):
-            return unquote_to_bytes(text)
-        text = unquote_to_bytes(text).decode("latin-1")
+    if is_data_uri(text):
+        return decode_data_uri(text)
     text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
