@@ -3,10 +3,8 @@
 B images · T words · n captions per image
 """
 
-import contextlib
 import datetime
 import functools
-import itertools
 import os
 import sys
 import threading
@@ -31,13 +29,13 @@ from encoder import PRECISIONS, Encoder, image_transform, pick_dtype, prepare_en
 from model import load_models
 from model_file import checkpoint_file
 from util import distributed, files, program, results
+from util.bulk import caption_share, report
 from util.distributed import pick_device
 from util.files import UserError
 from util.image_sources import as_images, read_source
 from util.images import drop_traceback, read_ahead
-from util.jobs import Job, OutputConfig, Tally, plan_job, write_entries, write_files
-from util.progress import in_notebook, log_progress, progress_bar
-from util.results import Caption, Result
+from util.jobs import Job, OutputConfig, Tally, plan_job
+from util.results import Caption
 from util.truncation import set_strict
 
 SHIPPED = Path(__file__).parent / "weights" / "captioner.safetensors"
@@ -340,7 +338,10 @@ def main(argv: list[str] | None = None) -> None:
         captioner = Captioner.load(checkpoints, config.device, **settings)
         if outputs.output and distributed.is_main():
             results.write_settings(outputs.output, job.settings)
-        tally = caption_share(captioner, job, config)
+        sizes = {"n": config.n, "batch_size": config.batch_size, "workers": config.workers}
+        with_name = len(job.images) > 1 or os.path.isdir(config.images[0])
+        share = captioner.caption_many, job, outputs
+        tally = caption_share(*share, with_name=with_name, **sizes)
         counts = [tally.failed, tally.kept, tally.kept_descriptions]
         failed, *kept = map(int, distributed.all_reduce_sum(counts))
         # From here on all parts are written.
@@ -353,29 +354,6 @@ def main(argv: list[str] | None = None) -> None:
             raise tally.error
         if distributed.is_main():
             report(Tally(failed, tally.error, *kept), job, outputs)
-
-
-def report(tally: Tally, job: Job, outputs: OutputConfig) -> None:
-    """Print what was kept and skipped; raise UserError if images or folders were left out."""
-    why = "are write-protected" if outputs.overwrite else "exist; --overwrite replaces them"
-    for number, what in ((tally.kept, "text files"), (tally.kept_descriptions, "descriptions")):
-        if number:
-            print(f"kept {number} {what} that {why}", file=sys.stderr)
-    if job.skipped:
-        what = ["text files"] * outputs.write_sidecar + ["descriptions"] * outputs.write_metadata
-        print(
-            f"skipped {job.skipped} of {len(job.images)} images, whose {' and '.join(what)} exist; "
-            "--overwrite captions them again",
-            file=sys.stderr,
-        )
-    failed, left_out, total = tally.failed, job.left_out, len(job.remaining) + len(job.captioned)
-    messages = []
-    if failed:
-        messages.append(f"{failed} of {total} images could not be captioned")
-    if left_out:
-        messages.append(f"{left_out} folders were left out")
-    if messages:
-        raise UserError("; ".join(messages))
 
 
 def plan(config: Config) -> Job:
@@ -394,80 +372,6 @@ def plan(config: Config) -> Job:
 def list_checkpoints(checkpoint: Path | None, ensemble: Sequence[Path]) -> tuple[Path, ...] | None:
     """Return the checkpoints that the two flags name, as `Captioner.load` takes them."""
     return (*filter(None, [checkpoint]), *ensemble) or None
-
-
-def caption_share(captioner: Captioner, job: Job, config: Config) -> Tally:
-    """Caption this process's share of the images and write everything that was requested.
-
-    Only errors of reading and writing an image are caught: settings that are wrong for one image
-    are wrong for all.
-    """
-    images, outputs, tally = distributed.split_by_rank(job.remaining), config.outputs, Tally()
-    written = []
-    if len(images) > config.batch_size:
-        threads.warn_of_overload()
-    with contextlib.ExitStack() as stack:
-        if job.format:
-            file = outputs.output or sys.stdout
-            if distributed.world_size() > 1:
-                file = results.part_file(file, distributed.rank())
-            write = stack.enter_context(results.open_results(file, job.format, config.n))
-        else:
-            with_name = len(job.images) > 1 or os.path.isdir(config.images[0])
-            write = functools.partial(print_captions, with_name=with_name)
-        for image, captions, _ in distributed.split_by_rank(job.captioned):
-            write(write_files(image, captions, job, outputs, tally))
-        sources = [job.source(image) for image in images]
-        sizes = {"n": config.n, "batch_size": config.batch_size, "workers": config.workers}
-        captions = captioner.caption_many(sources, return_exceptions=True, **sizes)
-        found_of = zip(images, captions, strict=True)
-        with tell_how_far(len(images), outputs) as count:
-            for image, found in show_progress(found_of, len(images), outputs):
-                result = write_files(image, found, job, outputs, tally)
-                try:
-                    write(result)
-                except UserError as bad_name:
-                    print(f"left out: {program.one_line(str(bad_name))}", file=sys.stderr)
-                    if not result.error:
-                        tally.count_error(bad_name)
-                if outputs.json and result.captions:
-                    written.append(result)
-                count()
-    if outputs.json:
-        write_entries(outputs.json, job, written)
-    return tally
-
-
-def show_progress(items: Iterable[Any], total: int, outputs: OutputConfig) -> Iterable[Any]:
-    """Return the items; of these a terminal shows a bar, and a log file has a line a minute."""
-    if sys.stderr.isatty() or in_notebook():
-        # Printed lines would break a progress bar.
-        return progress_bar(items, total=total, unit=" images", disable=not outputs.output)
-    return log_progress(items, total) if distributed.is_main() else items
-
-
-@contextlib.contextmanager
-def tell_how_far(total: int, outputs: OutputConfig) -> Iterator[Callable[[], None]]:
-    """Yield a function that counts an image; when the block is interrupted, print how many were."""
-    done = itertools.count()
-    try:
-        yield lambda: next(done)
-    except KeyboardInterrupt:
-        if total > 1 and distributed.is_main():
-            message = f"{next(done)} of {total} images are captioned"
-            if outputs.output:
-                message += f" and in {outputs.output}; the same command goes on with the others"
-            print(program.printable(message), file=sys.stderr)
-        raise
-
-
-def print_captions(result: Result, with_name: bool) -> None:
-    """Print a line per caption, if `with_name` after the image's name; errors go to stderr."""
-    if result.error and with_name:
-        print(f"left out: {program.printable(result.error)}", file=sys.stderr)
-    name = f"{program.printable(result.image)}\t" if with_name else ""
-    for each in result.captions:
-        print(f"{name}{program.printable(each.text)}", flush=True)
 
 
 def write_attention(captioner: Captioner, image: Any, path: Path) -> None:

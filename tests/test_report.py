@@ -9,10 +9,10 @@ import pytest
 from helpers.tiny import picture
 from PIL import Image
 
-import evaluate
 import metrics
-from evaluate import write_report
+import report
 from readers import Record
+from report import write_report
 from util.tokenizer import tokenize
 
 
@@ -36,7 +36,7 @@ def captions_of(records):
 
 
 def page(records, captions, tmp_path, monkeypatch, shown=3):
-    monkeypatch.setattr(evaluate, "SHOWN", shown)
+    monkeypatch.setattr(report, "SHOWN", shown)
     write_report(tmp_path / "new/page.html", records, captions, {"CIDEr": 0.5, "split": "val"})
     return (tmp_path / "new/page.html").read_text(encoding="utf-8")
 
