@@ -9,7 +9,7 @@ import pytest
 from helpers.tiny import picture, run_script
 
 import inference
-from util import image_sources
+from util import bulk, image_sources
 from util.results import read_rows
 
 
@@ -103,14 +103,14 @@ def test_a_file_called_like_a_data_uri(photos, script):
 
 
 def test_ctrl_c_says_how_far_it_is(photos, script, run, capsys, monkeypatch):
-    original = inference.write_files
+    original = bulk.write_files
 
     def stop_at_the_last(image, *args):
         if image == "2.png":
             raise KeyboardInterrupt
         return original(image, *args)
 
-    monkeypatch.setattr(inference, "write_files", stop_at_the_last)
+    monkeypatch.setattr(bulk, "write_files", stop_at_the_last)
     flags = [".", "--output", "out.csv", "--checkpoint", str(run)]
     with pytest.raises(KeyboardInterrupt):
         inference.main(flags)

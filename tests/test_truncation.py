@@ -178,3 +178,11 @@ def test_shards_have_them_or_leave_them_out(photos, tmp_path, capsys, caplog):
         assert code == 0, err
         assert f"train: {8 - strict} images" in out
         assert (f"train-3.jpg {LINE}" in caplog.text) == (not strict)
+
+
+@pytest.mark.parametrize("other", [False, truncation.Allowance()])
+def test_another_ones_switch_does_not_end_the_reading(other, photo, monkeypatch, caplog):
+    """A program may set Pillow's switch itself, and torch.hub loads this module a second time."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", other)
+    assert read_image(bytes_of(photo, "JPEG")[:-50]).size == photo.size
+    assert len(caplog.messages) == 1

@@ -32,6 +32,8 @@ class Allowance(threading.local):
     def on(self) -> Iterator[None]:
         """Switch it on in the block."""
         before, self.is_on = self.is_on, True
+        if not ImageFile.LOAD_TRUNCATED_IMAGES:  # the caller, or a copy of this module, has set it
+            ImageFile.LOAD_TRUNCATED_IMAGES = self
         try:
             yield
         finally:
