@@ -231,6 +231,10 @@ def test_what_is_no_address_of_a_file_is_refused(url, reason, monkeypatch):
         fetch(url, 10_000)
 
 
+def test_a_person_may_name_any_port_of_a_host_inside():
+    assert "port" not in reason_of("http://127.0.0.1:9/photo.jpg", private=True)
+
+
 @pytest.mark.parametrize(
     ("path", "reason"),
     [

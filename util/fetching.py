@@ -50,7 +50,7 @@ def fetch(
     try:
         with deadline:
             for _ in range(MAX_REDIRECTS + 1):
-                parts = check_url(url)
+                parts = check_url(url, private)
                 with request(parts, deadline, private) as (response, private):
                     if response.status not in (301, 302, 303, 307, 308):
                         content = read(response, max_bytes)
@@ -115,8 +115,11 @@ class Deadline:
                 self.connection.shutdown(socket.SHUT_RDWR)
 
 
-def check_url(url: str) -> SplitResult:
-    """Return the parts of an address; UserError if it is not one that may be fetched."""
+def check_url(url: str, private: bool) -> SplitResult:
+    """Return the parts of an address; UserError if it is not one that may be fetched.
+
+    With `private` any port will do; else none of services that are no web servers.
+    """
     try:
         parts = urlsplit(url)
         host = (
@@ -131,7 +134,7 @@ def check_url(url: str) -> SplitResult:
         raise UserError("it is not the http or https address of a file")
     if parts.username is not None or parts.password is not None:
         raise UserError("addresses with a user name or a password are not taken")
-    if port < 1024 and port not in PORTS.values():
+    if port < 1024 and port not in PORTS.values() and not private:
         raise UserError(f"port {port} is not one of web pages")
     netloc = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     path, query = quote(parts.path or "/", safe=SAFE), quote(parts.query, safe=SAFE)
