@@ -388,7 +388,7 @@ def test_one_bad_folder_costs_only_itself(photos, script, tmp_path, monkeypatch)
     assert err.splitlines() == [
         f"left out: the folder {photos / 'locked'} can't be read (Permission denied)",
         f"left out: no images in the folder {tmp_path / 'empty'}",
-        "error: 2 folders were left out",
+        "error: 2 folders or patterns were left out",
     ]
     code, out, err = script(photos / "locked")
     assert (code, out) == (2, "") and "can't be read (Permission denied)" in err

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.tiny import SCRIPTS
 
 ROOT = Path(__file__).parent.parent
 TOP = sorted(path.stem for path in ROOT.glob("*.py"))
@@ -15,16 +16,6 @@ UTIL = sorted(path.stem for path in (ROOT / "util").glob("[!_]*.py"))
 FILES = {name: ROOT / f"{name}.py" for name in TOP} | {
     f"util.{name}": ROOT / "util" / f"{name}.py" for name in UTIL
 }
-SCRIPTS = (
-    "download_data",
-    "features",
-    "train",
-    "evaluate",
-    "compare",
-    "inference",
-    "export",
-    "app",
-)
 STANDARD = set(sys.stdlib_module_names)
 LIBRARIES = {
     "torch", "torchvision", "PIL", "numpy", "tqdm", "requests", "tyro", "safetensors", "filelock",

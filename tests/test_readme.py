@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers.tiny import ROOT, as_flickr8k, picture
+from helpers.tiny import ROOT, SCRIPTS, as_flickr8k, picture
 from safetensors.torch import save_file
 
 from backbones import build_tiny
@@ -25,16 +25,6 @@ from readers import load_split
 from util import files
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "weights/README.md"]
-SCRIPTS = (
-    "download_data",
-    "features",
-    "train",
-    "evaluate",
-    "compare",
-    "inference",
-    "export",
-    "app",
-)
 OTHER_SCRIPTS = ("how_it_works", "bench", "limits", "growth", "ranks", "scale", "streams", "busy")
 NOT_RUN = {
     "git clone": "needs the network",

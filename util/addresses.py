@@ -1,7 +1,6 @@
 """Addresses and `data:` URIs in place of image files: what they are, and their short names."""
 
 import base64
-import binascii
 import hashlib
 import re
 from typing import Any
@@ -34,16 +33,24 @@ def decode_data_uri(text: str, *, max_bytes: int = MAX_BYTES) -> bytes:
         raise too_large
     content = unquote_to_bytes(payload)
     if header.rstrip().lower().endswith(";base64"):
-        compact = b"".join(content.split()).replace(b"-", b"+").replace(b"_", b"/").rstrip(b"=")
         try:
-            content = base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)
-        except (binascii.Error, ValueError) as error:
+            content = decode_base64(content)
+        except ValueError as error:
             raise UserError("the data: URI is damaged: its base64 can't be decoded") from error
     if len(content) > max_bytes:
         raise too_large
     if not content:
         raise UserError("the data: URI is empty")
     return content
+
+
+def decode_base64(text: bytes) -> bytes:
+    """Return what base64 of either alphabet holds, with blanks or without its padding.
+
+    Raises ValueError for anything else.
+    """
+    compact = b"".join(text.split()).replace(b"-", b"+").replace(b"_", b"/").rstrip(b"=")
+    return base64.b64decode(compact + b"=" * (-len(compact) % 4), validate=True)
 
 
 def shorten(source: str) -> str:

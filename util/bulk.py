@@ -109,6 +109,6 @@ def report(tally: Tally, job: Job, outputs: OutputConfig) -> None:
     if failed:
         messages.append(f"{failed} of {total} images could not be captioned")
     if left_out:
-        messages.append(f"{left_out} folders were left out")
+        messages.append(f"{left_out} folders or patterns were left out")
     if messages:
         raise UserError("; ".join(messages))

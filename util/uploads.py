@@ -4,14 +4,13 @@ An image comes as a file of a form, in base64 in a JSON object, as the body itse
 address that the server fetches. Settings come beside it, or in the query of the address.
 """
 
-import base64
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from util.addresses import decode_data_uri, is_data_uri
+from util.addresses import decode_base64, decode_data_uri, is_data_uri
 from util.files import UserError
 from util.origins import RefusedError
 
@@ -22,7 +21,6 @@ UNNAMED = "the photo"
 FORM, FIELDS, JSON = "multipart/form-data", "application/x-www-form-urlencoded", "application/json"
 RAW = ("", "application/octet-stream", "binary/octet-stream")  # and image/*
 SWITCHES = {"true": True, "false": False, "1": True, "0": False}
-URL_SAFE = str.maketrans("-_", "+/")  # of the other alphabet of base64
 
 
 class Upload(NamedTuple):
@@ -122,9 +120,8 @@ def decode_image(value: Any) -> bytes:
         raise UserError("image is an address; send it as url")
     if is_data_uri(text):
         return decode_data_uri(text)
-    text = "".join(text.split()).translate(URL_SAFE).rstrip("=")
     try:
-        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+        return decode_base64(text.encode())
     except ValueError as error:
         raise UserError("image is neither base64 nor a data: URI") from error
 

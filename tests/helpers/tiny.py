@@ -26,6 +26,9 @@ from vocabulary import Vocabulary
 
 METHODS = tuple(decoding.METHODS)
 WORDS = ["a", "red", "blue", "circle", "square", "café", "dog", "on"]
+SCRIPTS = (
+    "download_data", "features", "train", "evaluate", "compare", "inference", "export", "app",
+)  # fmt: skip
 
 
 def tiny_model(
